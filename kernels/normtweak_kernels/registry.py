@@ -1,0 +1,73 @@
+"""op -> implementations. The choice is made per call, by the arguments and by NORMTWEAK_BACKEND (reference, cpp or triton)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+ENVIRONMENT = "NORMTWEAK_BACKEND"
+# Fastest first: the first that can run the arguments is chosen.
+BACKENDS = ("triton", "cpp", "reference")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One body of an op. `refuses(*args)` says why it can't run these arguments, or gives None when it can."""
+
+    op: str
+    backend: str
+    run: Callable[..., Any]
+    refuses: Callable[..., str | None]
+
+
+_IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
+
+
+def register(op: str, backend: str, refuses: Callable[..., str | None] = lambda *args: None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: make a function the `backend` body of `op`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"register: backend must be one of {', '.join(BACKENDS)}, got {backend}")
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        _IMPLEMENTATIONS.setdefault(op, {})[backend] = Implementation(op, backend, function, refuses)
+        return function
+
+    return add
+
+
+def ops() -> list[str]:
+    """The names of all ops."""
+    return sorted(_IMPLEMENTATIONS)
+
+
+def select(op: str, *args: Any) -> Implementation:
+    """The implementation that runs `op` on these (positional, schema-ordered) arguments.
+
+    Raises ValueError for an unknown op or NORMTWEAK_BACKEND, and when the backend asked for can't run the arguments: a forced
+    choice is never replaced silently.
+    """
+    implementations = _IMPLEMENTATIONS.get(op)
+    if implementations is None:
+        raise ValueError(f"{op}: op must be one of {', '.join(ops())}, got {op}")
+    forced = os.environ.get(ENVIRONMENT)
+    if forced:
+        if forced not in BACKENDS:
+            raise ValueError(f"{op}: {ENVIRONMENT} must be one of {', '.join(BACKENDS)}, got {forced}")
+        if forced not in implementations:
+            raise ValueError(f"{op}: {ENVIRONMENT} must be one of {', '.join(implementations)} for this op, got {forced}")
+        reason = implementations[forced].refuses(*args)
+        if reason:
+            raise ValueError(f"{op}: {ENVIRONMENT}={forced} can't run this call: {reason}")
+        return implementations[forced]
+    for backend in BACKENDS:
+        implementation = implementations.get(backend)
+        if implementation is not None and implementation.refuses(*args) is None:
+            return implementation
+    raise ValueError(f"{op}: no backend runs this call")
+
+
+def which_backend(op: str, *args: Any) -> str:
+    """The backend ("triton", "cpp" or "reference") that `op` would use for these arguments, in the schema's order."""
+    return select(op, *args).backend
