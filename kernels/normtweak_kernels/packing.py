@@ -124,9 +124,7 @@ def unpack_gptq(qweight: Tensor, bits: int, k: int) -> Tensor:
     """GPTQ's qweight int32 [ceil(k*bits/32), N] -> codes uint8 [N, k]."""
     check_bits("unpack_gptq", bits)
     if qweight.dim() != 2 or qweight.shape[0] != -(-k * bits // 32):
-        raise ValueError(
-            f"unpack_gptq: qweight must be int32 [{-(-k * bits // 32)}, N] for {bits} bits and K = {k}, got {tuple(qweight.shape)}"
-        )
+        raise ValueError(f"unpack_gptq: qweight must be int32 [{-(-k * bits // 32)}, N] for {bits} bits and K = {k}, got {tuple(qweight.shape)}")
     words = qweight.t()
     words = torch.nn.functional.pad(words, (0, -words.shape[1] % bits))
     return _from_words(words, bits, k, _STREAM[bits])
@@ -144,8 +142,6 @@ def unpack_gptq_zeros(qzeros: Tensor, bits: int, n: int, *, v2: bool = False) ->
     """The inverse of `pack_gptq_zeros`: zeros uint8 [G, n]."""
     check_bits("unpack_gptq_zeros", bits)
     if qzeros.dim() != 2 or qzeros.shape[1] != -(-n * bits // 32):
-        raise ValueError(
-            f"unpack_gptq_zeros: qzeros must be int32 [G, {-(-n * bits // 32)}] for {bits} bits and N = {n}, got {tuple(qzeros.shape)}"
-        )
+        raise ValueError(f"unpack_gptq_zeros: qzeros must be int32 [G, {-(-n * bits // 32)}] for {bits} bits and N = {n}, got {tuple(qzeros.shape)}")
     stored = _from_words(torch.nn.functional.pad(qzeros, (0, -qzeros.shape[1] % bits)), bits, n, _STREAM[bits])
     return stored if v2 else (stored.to(torch.int16) + 1).remainder(2**bits).to(torch.uint8)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import registry
-from . import reference  # noqa: F401  (registers its body)
+from . import cpp_kernel, reference  # noqa: F401  (they register their bodies)
 from .statistics import ChannelStatistics
 
 __all__ = ["ChannelStatistics", "channel_loss"]

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import packing, registry
-from . import reference  # noqa: F401  (registers its body)
+from . import cpp_kernel, reference  # noqa: F401  (they register their bodies)
 
 torch.library.define("normtweak::dequant_gemm", "(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int bits) -> Tensor")
-torch.library.define(
-    "normtweak::dequant_gemm_backward", "(Tensor grad, Tensor qweight, Tensor scales, Tensor? zeros, int bits, SymInt k) -> Tensor"
-)
+torch.library.define("normtweak::dequant_gemm_backward", "(Tensor grad, Tensor qweight, Tensor scales, Tensor? zeros, int bits, SymInt k) -> Tensor")
 
 
 @torch.library.impl("normtweak::dequant_gemm", "default")
@@ -41,7 +39,7 @@ def _fake_backward(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor 
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, qweight, scales, zeros, bias, ctx.bits = inputs
+    x, qweight, scales, zeros, _bias, ctx.bits = inputs
     ctx.k = x.shape[-1]
     ctx.save_for_backward(qweight, scales, zeros)
 

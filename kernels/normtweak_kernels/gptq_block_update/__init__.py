@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import packing, registry
-from . import reference  # noqa: F401  (registers its body)
+from . import cpp_kernel, reference  # noqa: F401  (they register their bodies)
 
 torch.library.define(
     "normtweak::gptq_block_update",

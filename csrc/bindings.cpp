@@ -1,0 +1,199 @@
+// The only file that sees pybind11: check, release the GIL, call. Tensors come as addresses (0: absent) with their
+// shapes.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "check.h"
+#include "cpu/kernels.h"
+#include "packing.h"
+
+namespace py = pybind11;
+
+namespace normtweak {
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+T* required(const char* op, const char* argument, uintptr_t address) {
+    check(address != 0, op, argument, "a tensor's address", "0");
+    return pointer<T>(address);
+}
+
+Dtype parse_dtype(const char* op, const std::string& name) {
+    check(name == "float32" || name == "bfloat16" || name == "float16", op, "dtype", "float32, bfloat16 or float16",
+          name);
+    return name == "float32" ? Dtype::float32 : name == "bfloat16" ? Dtype::bfloat16 : Dtype::float16;
+}
+
+void check_size(const char* op, const char* argument, int64_t size) {
+    check(size > 0, op, argument, "positive", size);
+}
+
+void check_bits(const char* op, int bits) {
+    check(bits == 2 || bits == 3 || bits == 4 || bits == 8, op, "bits", "one of 2, 3, 4, 8", bits);
+}
+
+GridRule grid_rule(const char* op, int bits, bool symmetric, int64_t clip_steps, double min_clip) {
+    check_bits(op, bits);
+    check(clip_steps >= 0, op, "clip_steps", "0 or more", clip_steps);
+    return {bits, symmetric, clip_steps, min_clip};
+}
+
+void bind_group_params(int threads, uintptr_t weight, uintptr_t importance, int64_t n, int64_t k, int64_t group_size,
+                       int bits, bool symmetric, int64_t clip_steps, double min_clip, uintptr_t scales,
+                       uintptr_t zeros) {
+    const char* op = "group_params";
+    check_size(op, "threads", threads);
+    check_size(op, "n", n);
+    check_size(op, "k", k);
+    check(group_size > 0 && k % group_size == 0, op, "group_size", "a divisor of K", group_size);
+    const GroupParams args = {required<float>(op, "weight", weight),
+                              pointer<float>(importance),
+                              required<float>(op, "scales", scales),
+                              required<uint8_t>(op, "zeros", zeros),
+                              n,
+                              k,
+                              group_size,
+                              grid_rule(op, bits, symmetric, clip_steps, min_clip)};
+    const Isa isa = current_isa();
+    py::gil_scoped_release release;
+    group_params(isa, threads, args);
+}
+
+void bind_gptq_block_update(int threads, uintptr_t weight, uintptr_t hinv, uintptr_t codes, uintptr_t scales,
+                            uintptr_t zeros, uintptr_t group_index, uintptr_t errors, int64_t n, int64_t k,
+                            int64_t groups, int64_t start, int64_t stop, int bits, bool symmetric, int64_t clip_steps,
+                            double min_clip) {
+    const char* op = "gptq_block_update";
+    check_size(op, "threads", threads);
+    check_size(op, "n", n);
+    check_size(op, "k", k);
+    check(groups > 0 && k % groups == 0, op, "groups", "a divisor of K", groups);
+    check(0 <= start && start < stop && stop <= k, op, "start, stop", "0 <= start < stop <= K",
+          std::to_string(start) + ", " + std::to_string(stop));
+    const auto* index = pointer<int32_t>(group_index);
+    if (index) {
+        for (int64_t j = start; j < stop; ++j)
+            check(index[j] >= 0 && index[j] < groups, op, "group_index", "in [0, G)", index[j]);
+    } else {
+        check(start % (k / groups) == 0 && stop % (k / groups) == 0, op, "start, stop", "multiples of the group size",
+              start);
+    }
+    const GptqBlock args = {required<float>(op, "weight", weight),
+                            required<float>(op, "hinv", hinv),
+                            required<uint8_t>(op, "codes", codes),
+                            required<float>(op, "scales", scales),
+                            required<uint8_t>(op, "zeros", zeros),
+                            index,
+                            required<float>(op, "errors", errors),
+                            n,
+                            k,
+                            groups,
+                            start,
+                            stop,
+                            grid_rule(op, bits, symmetric, clip_steps, min_clip)};
+    const Isa isa = current_isa();
+    py::gil_scoped_release release;
+    gptq_block_update(isa, threads, args);
+}
+
+PackedWeight packed_weight(const char* op, uintptr_t words, uintptr_t scales, const std::string& scale_dtype,
+                           uintptr_t zeros, int64_t n, int64_t k, int64_t groups, int bits) {
+    check_bits(op, bits);
+    check_size(op, "n", n);
+    check_size(op, "k", k);
+    check(groups > 0 && k % groups == 0, op, "groups", "a divisor of K", groups);
+    check(scale_dtype != "bfloat16", op, "scale_dtype", "float16 or float32", scale_dtype);
+    return {required<int32_t>(op, "words", words),
+            required<void>(op, "scales", scales),
+            pointer<uint8_t>(zeros),
+            n,
+            k,
+            groups,
+            parse_dtype(op, scale_dtype),
+            bits};
+}
+
+void bind_dequant_gemm_small(int threads, uintptr_t words, uintptr_t scales, const std::string& scale_dtype,
+                             uintptr_t zeros, int64_t n, int64_t k, int64_t groups, int bits, uintptr_t x,
+                             uintptr_t bias, uintptr_t y, int64_t m) {
+    const char* op = "dequant_gemm";
+    check_size(op, "threads", threads);
+    check_size(op, "m", m);
+    const PackedWeight weight = packed_weight(op, words, scales, scale_dtype, zeros, n, k, groups, bits);
+    const auto* xs = required<float>(op, "x", x);
+    auto* ys = required<float>(op, "y", y);
+    const Isa isa = current_isa();
+    py::gil_scoped_release release;
+    dequant_gemm_small(isa, threads, weight, xs, pointer<float>(bias), ys, m);
+}
+
+void bind_dequantize_panel(int threads, uintptr_t words, uintptr_t scales, const std::string& scale_dtype,
+                           uintptr_t zeros, int64_t n, int64_t k, int64_t groups, int bits, int64_t n0, int64_t n1,
+                           int64_t k0, int64_t k1, const std::string& dtype, uintptr_t out) {
+    const char* op = "dequantize_panel";
+    check_size(op, "threads", threads);
+    const PackedWeight weight = packed_weight(op, words, scales, scale_dtype, zeros, n, k, groups, bits);
+    check(0 <= n0 && n0 < n1 && n1 <= n && n0 % kPackedLanes == 0, op, "n0", "a multiple of 16 below n1 <= N", n0);
+    check(0 <= k0 && k0 < k1 && k1 <= k && k0 % kChunk == 0, op, "k0", "a multiple of 32 below k1 <= K", k0);
+    check(dtype != "float16", op, "dtype", "float32 or bfloat16", dtype);
+    const Panel panel = {n0, n1, k0, k1, parse_dtype(op, dtype), required<void>(op, "out", out)};
+    const Isa isa = current_isa();
+    py::gil_scoped_release release;
+    dequantize_panel(isa, threads, weight, panel);
+}
+
+Tokens tokens_of(const char* op, uintptr_t x, const std::string& dtype, uintptr_t mask, int64_t tokens,
+                 int64_t channels) {
+    check_size(op, "tokens", tokens);
+    check_size(op, "channels", channels);
+    return {required<void>(op, "x", x), pointer<bool>(mask), tokens, channels, parse_dtype(op, dtype)};
+}
+
+double bind_channel_loss(int threads, uintptr_t x, const std::string& dtype, uintptr_t mask, int64_t tokens,
+                         int64_t channels, uintptr_t mean_f, uintptr_t var_f, bool squared, uintptr_t mean_q,
+                         uintptr_t var_q) {
+    const char* op = "channel_loss";
+    check_size(op, "threads", threads);
+    const Tokens input = tokens_of(op, x, dtype, mask, tokens, channels);
+    const auto *mf = required<float>(op, "mean_f", mean_f), *vf = required<float>(op, "var_f", var_f);
+    auto *mq = required<float>(op, "mean_q", mean_q), *vq = required<float>(op, "var_q", var_q);
+    const Isa isa = current_isa();
+    py::gil_scoped_release release;
+    return channel_loss(isa, threads, input, mf, vf, squared, mq, vq);
+}
+
+void bind_channel_loss_backward(int threads, uintptr_t x, const std::string& dtype, uintptr_t mask, int64_t tokens,
+                                int64_t channels, uintptr_t mean, uintptr_t offset, uintptr_t slope, uintptr_t grad_x) {
+    const char* op = "channel_loss_backward";
+    check_size(op, "threads", threads);
+    const Tokens input = tokens_of(op, x, dtype, mask, tokens, channels);
+    const auto *m = required<float>(op, "mean", mean), *a = required<float>(op, "offset", offset),
+               *b = required<float>(op, "slope", slope);
+    auto* out = required<void>(op, "grad_x", grad_x);
+    const Isa isa = current_isa();
+    py::gil_scoped_release release;
+    channel_loss_backward(isa, threads, input, m, a, b, out);
+}
+
+}  // namespace
+}  // namespace normtweak
+
+PYBIND11_MODULE(_native, module) {
+    using namespace normtweak;
+    module.doc() = "normtweak's CPU kernels on raw tensor addresses; called by the ops' cpp_kernel.py only";
+    module.def("isa", [] { return std::string(isa_name(current_isa())); }, "The instruction set that the kernels use");
+    module.def("set_isa", &set_isa, py::arg("name"),
+               "Use a lower instruction set; empty: what NORMTWEAK_ISA or the processor says");
+    module.def("available_isas", &available_isas, "The instruction sets that this processor runs, slowest first");
+    module.def("group_params", &bind_group_params);
+    module.def("gptq_block_update", &bind_gptq_block_update);
+    module.def("dequant_gemm_small", &bind_dequant_gemm_small);
+    module.def("dequantize_panel", &bind_dequantize_panel);
+    module.def("channel_loss", &bind_channel_loss);
+    module.def("channel_loss_backward", &bind_channel_loss_backward);
+}

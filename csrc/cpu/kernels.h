@@ -1,0 +1,91 @@
+// One signature per kernel. Pointers are to contiguous tensors; a null pointer stands for an absent optional tensor.
+// Every kernel gives the same result for any number of threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace normtweak {
+
+enum class Isa { portable, avx2, avx512 };
+enum class Dtype { float32, bfloat16, float16 };
+
+// isa.cpp. The best instruction set that the processor has, or the lower one that NORMTWEAK_ISA or `set_isa` asks for.
+Isa current_isa();
+void set_isa(const std::string& name);  // empty: back to NORMTWEAK_ISA
+std::vector<std::string> available_isas();
+const char* isa_name(Isa isa);
+int isa_lanes(Isa isa);  // float32 values in a vector
+
+// How a grid is found; see affine.py.
+struct GridRule {
+    int bits;
+    bool symmetric;
+    int64_t clip_steps;
+    double min_clip;
+};
+
+// weight [n, k], importance [k] or null -> scales [k / group_size, n], zeros likewise.
+struct GroupParams {
+    const float* weight;
+    const float* importance;
+    float* scales;
+    uint8_t* zeros;
+    int64_t n, k, group_size;
+    GridRule rule;
+};
+void group_params(Isa isa, int threads, const GroupParams& args);
+
+// Columns [start, stop) of weight [n, k]; errors [stop - start, n] is column-major, as the vectors run across rows.
+// With group_index [k], scales and zeros [groups, n] are read, else written.
+struct GptqBlock {
+    float* weight;
+    const float* hinv;
+    uint8_t* codes;
+    float* scales;
+    uint8_t* zeros;
+    const int32_t* group_index;
+    float* errors;
+    int64_t n, k, groups, start, stop;
+    GridRule rule;
+};
+void gptq_block_update(Isa isa, int threads, const GptqBlock& args);
+
+// words [ceil(n/16), ceil(k/32) * bits, 16], scales [groups, n] float16 or float32, zeros [groups, n] or null.
+struct PackedWeight {
+    const int32_t* words;
+    const void* scales;
+    const uint8_t* zeros;
+    int64_t n, k, groups;
+    Dtype scale_dtype;
+    int bits;
+};
+// y [m, n] = x @ dequant(W)^T + bias, for few rows; x [m, ceil(k/32) * 32] with zeros after k.
+void dequant_gemm_small(Isa isa, int threads, const PackedWeight& weight, const float* x, const float* bias, float* y,
+                        int64_t m);
+// dequant(W)[n0:n1, k0:k1] transposed: out [k1 - k0, ceil((n1 - n0) / 16) * 16], n0 a multiple of 16 and k0 of 32.
+// Lanes past n1 get any finite value.
+struct Panel {
+    int64_t n0, n1, k0, k1;
+    Dtype dtype;  // float32 or bfloat16
+    void* out;
+};
+void dequantize_panel(Isa isa, int threads, const PackedWeight& weight, const Panel& panel);
+
+// x [tokens, channels], mask [tokens] or null.
+struct Tokens {
+    const void* x;
+    const bool* mask;
+    int64_t tokens, channels;
+    Dtype dtype;
+};
+// Returns the loss; writes mean_q and var_q [channels]. NaN when no token is kept.
+double channel_loss(Isa isa, int threads, const Tokens& input, const float* mean_f, const float* var_f, bool squared,
+                    float* mean_q, float* var_q);
+// grad_x [tokens, channels] in x's dtype = offset + slope * (x - mean), [channels] each; 0 where masked.
+void channel_loss_backward(Isa isa, int threads, const Tokens& input, const float* mean, const float* offset,
+                           const float* slope, void* grad_x);
+
+}  // namespace normtweak

@@ -1,0 +1,73 @@
+// Vectors of NT_LANES values. No include guard: foreach_isa.h includes it once per instruction set.
+
+typedef float vf __attribute__((vector_size(4 * NT_LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * NT_LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * NT_LANES)));
+typedef uint8_t vb __attribute__((vector_size(NT_LANES)));
+
+static constexpr int64_t kLanes = NT_LANES;
+
+template <class V>
+NT_INLINE V load(const void* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class V>
+NT_INLINE void store(void* p, V v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <class V>
+NT_INLINE vf to_float(V v) {
+    return __builtin_convertvector(v, vf);
+}
+
+NT_INLINE vf splat(float value) {
+    return value - vf{};
+}
+NT_INLINE vf min(vf a, vf b) {
+    return a < b ? a : b;
+}
+NT_INLINE vf max(vf a, vf b) {
+    return a > b ? a : b;
+}
+
+// Half to even, for |v| < 2**22: the sum's unit in the last place is 1.
+NT_INLINE vf round_even(vf v) {
+    return (v + 12582912.0f) - 12582912.0f;
+}
+
+// float16's rounding, half to even, of 2**-24 <= v <= 65504, kept as float32.
+NT_INLINE vf round_to_half(vf v) {
+    const vi u = (vi)v;
+    const vf normal = (vf)((u + 0xfff + ((u >> 13) & 1)) & ~0x1fff);
+    const vf subnormal = (v + 0.5f) - 0.5f;  // below 2**-14 the unit is 2**-24, which is also 0.5's
+    return v < 0x1p-14f ? subnormal : normal;
+}
+
+// Finite float16 bits -> float32: move the fields, then correct the exponent's bias.
+NT_INLINE vf half_to_float(vh h) {
+    const vi u = __builtin_convertvector(h, vi);
+    const vf magnitude = (vf)((u & 0x7fff) << 13) * 0x1p112f;
+    return (vf)((vi)magnitude | ((u & 0x8000) << 16));
+}
+
+// Finite float32 -> bfloat16 bits, half to even.
+NT_INLINE vh float_to_bfloat16(vf v) {
+    const vi u = (vi)v;
+    return __builtin_convertvector(((u + 0x7fff + ((u >> 16) & 1)) >> 16) & 0xffff, vh);
+}
+
+// `valid` of kLanes rows of a row-major matrix -> columns [count][kLanes], zero in the lanes past `valid`.
+NT_INLINE void load_columns(const float* rows, int64_t stride, int64_t valid, int64_t count, float* columns) {
+    for (int64_t lane = 0; lane < kLanes; ++lane)
+        for (int64_t c = 0; c < count; ++c) columns[c * kLanes + lane] = lane < valid ? rows[lane * stride + c] : 0.0f;
+}
+
+// Stores the first `valid` lanes.
+template <class T, class V>
+NT_INLINE void store_valid(T* p, V v, int64_t valid) {
+    for (int64_t lane = 0; lane < valid; ++lane) p[lane] = static_cast<T>(v[lane]);
+}
