@@ -48,35 +48,37 @@ struct Float16 {
 // Tokens and channels that are worked on together: 64 KB of float32, which stay in the L2 cache between the two passes.
 static constexpr int64_t kTileTokens = 32, kTileChannels = 512;
 
-// Mean and sum of squared deviations of `rows` (at most kTileTokens) rows, merged into the channels' (Chan, Golub and
-// LeVeque 1979): two passes over a tile in cache read memory once and stay exact where a channel has outliers.
+// Mean and sum of squared deviations of `rows` (at most kTileTokens), merged into the channels' (Chan, Golub and
+// LeVeque 1979). Two passes over a tile in cache read memory once and stay exact where a channel has outliers; the
+// second also sums the deviations, which corrects the rounded mean that it started from.
 template <class T>
 static void add_tile(const typename T::type* const* rows, int64_t count, int64_t channels, int64_t before, float* tile,
                      double* mean, double* m2) {
-    float sum[kTileChannels], square[kTileChannels];
-    for (int64_t c = 0; c < channels; ++c) sum[c] = square[c] = 0.0f;
+    float center[kTileChannels], sum[kTileChannels], square[kTileChannels];
+    for (int64_t c = 0; c < channels; ++c) center[c] = sum[c] = square[c] = 0.0f;
     for (int64_t t = 0; t < count; ++t) {
         const typename T::type* row = rows[t];
         float* values = tile + t * kTileChannels;
         for (int64_t c = 0; c < channels; ++c) {
             values[c] = T::get(row[c]);
-            sum[c] += values[c];
+            center[c] += values[c];
         }
     }
-    for (int64_t c = 0; c < channels; ++c) sum[c] /= static_cast<float>(count);
+    for (int64_t c = 0; c < channels; ++c) center[c] /= static_cast<float>(count);
     for (int64_t t = 0; t < count; ++t) {
         const float* values = tile + t * kTileChannels;
         for (int64_t c = 0; c < channels; ++c) {
-            const float d = values[c] - sum[c];
+            const float d = values[c] - center[c];
+            sum[c] += d;
             square[c] += d * d;
         }
     }
-    const double share = static_cast<double>(count) / static_cast<double>(before + count),
-                 between = share * static_cast<double>(before);
+    const double n = static_cast<double>(count), total = static_cast<double>(before + count);
+    const double between = n * static_cast<double>(before) / total;
     for (int64_t c = 0; c < channels; ++c) {
-        const double delta = sum[c] - mean[c];
-        mean[c] += delta * share;
-        m2[c] += square[c] + delta * delta * between;
+        const double shift = sum[c] / n, delta = center[c] + shift - mean[c];
+        mean[c] += delta * (n / total);
+        m2[c] += square[c] - sum[c] * shift + delta * delta * between;
     }
 }
 

@@ -1,7 +1,7 @@
 // Sixteen rows of the weight are the packed lanes; vectors of kLanes rows walk along K, and x is broadcast.
 
 // Codes whose products are summed in float32 before the scale is applied, so that long groups keep their precision.
-static constexpr int64_t kRun = 256;
+static constexpr int64_t kRun = 64;
 
 template <int BITS>
 NT_INLINE vi code(const vi* words, int row, int byte) {

@@ -75,7 +75,8 @@ def gptq_block_update(
     )
     for name, tensor, dtype, shape in wanted:
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(f"gptq_block_update: {name} must be contiguous {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+            got = f"{tensor.dtype} {tuple(tensor.shape)}{'' if tensor.is_contiguous() else ' not contiguous'}"
+            raise ValueError(f"gptq_block_update: {name} must be contiguous {dtype} {shape}, got {got}")
     groups = scales.shape[0]
     if groups == 0 or k % groups:
         raise ValueError(f"gptq_block_update: the number of groups must divide K = {k}, got {groups}")

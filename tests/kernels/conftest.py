@@ -1,0 +1,51 @@
+"""Fixtures that choose an op's body and its instruction set."""
+
+import os
+
+import pytest
+
+from normtweak_kernels import native
+
+ISAS = ("portable", "avx2", "avx512")
+
+
+def _native_module():
+    module = native.module()
+    if module is None:
+        assert os.environ.get("NORMTWEAK_REQUIRE_NATIVE") != "1", native.why_missing()
+        pytest.skip(native.why_missing())
+    return module
+
+
+@pytest.fixture
+def native_module():
+    return _native_module()
+
+
+def _force_cpp(isa, monkeypatch):
+    module = _native_module()
+    if isa not in module.available_isas():
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setenv("NORMTWEAK_BACKEND", "cpp")
+    module.set_isa(isa)
+    return module
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    """The C++ bodies of every instruction set that this processor has."""
+    module = _force_cpp(request.param, monkeypatch)
+    yield request.param
+    module.set_isa("")
+
+
+@pytest.fixture(params=["reference", *ISAS])
+def body(request, monkeypatch):
+    """The reference, then the C++ bodies."""
+    if request.param == "reference":
+        monkeypatch.setenv("NORMTWEAK_BACKEND", "reference")
+        yield request.param
+        return
+    module = _force_cpp(request.param, monkeypatch)
+    yield request.param
+    module.set_isa("")

@@ -1,0 +1,138 @@
+import pytest
+import torch
+from accuracy import assert_accurate, random_weight
+
+from normtweak_kernels import dequant_gemm, native, packing
+from normtweak_kernels.dequant_gemm import cpp_kernel
+from normtweak_kernels.launch import DequantGemmCpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# (N, K, group size), none a multiple of every tile; 24 and 33 cut chunks of 32.
+SHAPES = [(5, 33, -1), (17, 96, 24), (80, 192, 64), (200, 576, 32), (80, 1536, -1), (1, 1, 1)]
+# Rows on either side of the fused kernel's limit.
+ROWS = [1, 3, 17, 67]
+
+
+@pytest.fixture(params=[False, True])
+def panels(request, monkeypatch):
+    """The launch configuration as shipped, and one that cuts even these small weights into the smallest panels."""
+    if request.param:
+        monkeypatch.setattr(cpp_kernel, "DEQUANT_GEMM_CPU", DequantGemmCpu(fused_max_rows=2, fused_max_rows_bfloat16=2, panel_bytes=1))
+    return request.param
+
+
+def plain_product(a, b, span):
+    """a @ b by torch, in pieces of `span` columns of b where given, laid out as panels are: the BLAS sums in another order then."""
+    return a @ b if span is None else torch.cat([a @ part.contiguous() for part in b.split(span, 1)], 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+def test_forward_and_backward_are_as_exact_as_dense_torch(body, panels, n, k, group_size, bits, dtype):
+    for m, zeros, with_bias, scale_dtype in zip(
+        ROWS, (True, False, True, False), (False, True, True, False), (torch.float16, torch.float32) * 2, strict=True
+    ):
+        weight = random_weight(n, k, bits, group_size, zeros=zeros, scale_dtype=scale_dtype)
+        x = torch.randn(m, k, dtype=dtype, requires_grad=True)
+        bias = torch.randn(n, dtype=dtype) if with_bias else None
+        dense, exact = weight.dequantize().to(dtype), weight.dequantize(torch.float64)
+        y = dequant_gemm(x, weight.pack(), weight.scales, weight.zeros, bias, bits=bits)
+        plain = plain_product(x.detach(), dense.t(), packing.LANES if panels else None) + (0 if bias is None else bias)
+        assert_accurate(y.detach(), plain, torch.nn.functional.linear(x.detach().double(), exact, None if bias is None else bias.double()))
+        grad = torch.randn(m, n, dtype=dtype)
+        y.backward(grad)
+        assert_accurate(x.grad, plain_product(grad, dense, packing.CHUNK if panels else None), grad.double() @ exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_leading_dimensions_and_non_contiguous_inputs(body, panels, dtype):
+    weight = random_weight(23, 96, 4, 32, zeros=True)
+    packed = weight.pack()
+    x = torch.randn(96, 5, 3, dtype=dtype).permute(2, 1, 0)
+    y = dequant_gemm(x, packed, weight.scales, weight.zeros, bits=4)
+    assert y.is_contiguous()
+    assert torch.equal(y, dequant_gemm(x.contiguous(), packed, weight.scales, weight.zeros, bits=4))
+    strided = torch.stack([packed, packed], -1)[..., 0]
+    columns = weight.scales.t().contiguous().t(), weight.zeros.t().contiguous().t()
+    assert torch.equal(y, dequant_gemm(x, strided, *columns, torch.zeros(46, dtype=dtype)[::2], bits=4))
+    assert dequant_gemm(x[0, 0], packed, weight.scales, weight.zeros, bits=4).shape == (23,)
+    assert dequant_gemm(x[:0], packed, weight.scales, weight.zeros, bits=4).shape == (0, 5, 23)
+
+
+def test_gradients_in_float64():
+    weight = random_weight(5, 33, 3, -1, zeros=True)
+    x, bias = torch.randn(3, 33, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64, requires_grad=True)
+    packed = weight.pack()
+    assert torch.autograd.gradcheck(lambda x, bias: dequant_gemm(x, packed, weight.scales, weight.zeros, bias, bits=3), (x, bias))
+
+
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+def test_fused_kernel_writes_all_of_its_output_and_nothing_else(isa, native_module, n, k, group_size, bits):
+    weight = random_weight(n, k, bits, group_size, zeros=False)
+    inner = cpp_kernel._weight(weight.pack(), weight.scales, None, bits, k)
+    x = torch.nn.functional.pad(torch.randn(7, k), (0, -k % packing.CHUNK))
+    guarded = torch.full((7 * n + 64,), torch.nan)
+    native_module.dequant_gemm_small(2, *inner.arguments(), native.address(x), 0, guarded.data_ptr(), 7)
+    assert torch.isfinite(guarded[: 7 * n]).all()
+    assert torch.isnan(guarded[7 * n :]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+def test_panels_are_the_dequantized_weight(isa, native_module, n, k, group_size, bits, dtype):
+    weight = random_weight(n, k, bits, group_size, zeros=True)
+    inner = cpp_kernel._weight(weight.pack(), weight.scales, weight.zeros, bits, k)
+    for n0, n1, k0, k1 in {(0, n, 0, k), (n // 32 * 16, n, k // 64 * 32, k), (0, (n + 1) // 2, 0, (k + 1) // 2)}:
+        size = (k1 - k0) * (-(-(n1 - n0) // 16) * 16)
+        guarded = torch.full((size + 64,), torch.nan, dtype=dtype)
+        panel = cpp_kernel._panel(guarded, inner, n0, n1, k0, k1)
+        assert torch.equal(panel, weight.dequantize()[n0:n1, k0:k1].t().to(dtype))
+        assert torch.isnan(guarded[size:]).all()
+
+
+def test_fused_kernel_is_independent_of_threads(isa):
+    weight, x = random_weight(200, 576, 2, 64, zeros=True), torch.randn(7, 576)
+    packed, threads, results = weight.pack(), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(dequant_gemm(x, packed, weight.scales, weight.zeros, bits=2))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_opcheck(body):
+    weight = random_weight(5, 48, 3, 24, zeros=True)
+    for x in (torch.randn(2, 3, 48, requires_grad=True), torch.randn(40, 48, dtype=torch.bfloat16)):
+        bias = torch.randn(5, dtype=x.dtype)
+        torch.library.opcheck(torch.ops.normtweak.dequant_gemm.default, (x, weight.pack(), weight.scales, weight.zeros, bias, 3))
+    torch.library.opcheck(torch.ops.normtweak.dequant_gemm_backward.default, (torch.randn(4, 5), weight.pack(), weight.scales, None, 3, 48))
+
+
+def good_arguments():
+    return {"x": torch.zeros(2, 32), "qweight": torch.zeros(1, 4, 16, dtype=torch.int32), "scales": torch.ones(2, 4), "bits": 4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 5}, "bits must be one of 2, 3, 4, 8, got 5"),
+        ({"x": torch.zeros(2, 32).int()}, r"x must be floating point \[..., K\], got torch.int32 \(2, 32\)"),
+        ({"scales": torch.ones(3, 4)}, r"scales must be float16 or float32 \[G, N\] with G dividing K = 32, got torch.float32 \(3, 4\)"),
+        ({"scales": torch.ones(2, 4).bfloat16()}, "scales must be float16 or float32"),
+        ({"qweight": torch.zeros(1, 3, 16, dtype=torch.int32)}, r"qweight must be int32 \(1, 4, 16\), got torch.int32 \(1, 3, 16\)"),
+        ({"qweight": torch.zeros(1, 4, 16)}, "qweight must be int32"),
+        ({"zeros": torch.zeros(2, 4)}, r"zeros must be uint8 \(2, 4\) or None"),
+        ({"zeros": torch.zeros(1, 4, dtype=torch.uint8)}, r"zeros must be uint8 \(2, 4\) or None"),
+        ({"bias": torch.zeros(3)}, r"bias must be torch.float32 \[4\] or None"),
+        ({"bias": torch.zeros(4).half()}, r"bias must be torch.float32 \[4\] or None"),
+    ],
+)
+def test_errors_name_the_argument(arguments, message):
+    with pytest.raises(ValueError, match=f"dequant_gemm: {message}"):
+        dequant_gemm(**{**good_arguments(), **arguments})
