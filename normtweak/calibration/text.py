@@ -1,0 +1,29 @@
+"""Calibration text from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import CalibrationConfig, require
+from . import with_bos
+
+
+def windows(config: CalibrationConfig, tokenizer: Any, seed: int) -> Tensor:
+    """Windows int64 [samples, length] at random places of a UTF-8 text file. Raises ValueError when it is missing, not text, or too short."""
+    path = Path(config.source)
+    require(path.is_file(), "calibration", "source", "generated, random or a text file", config.source)
+    try:
+        text = path.read_text(encoding="utf8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"calibration: {path} must be UTF-8 text, got bytes that aren't ({error.reason} at byte {error.start})") from error
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+    require(
+        len(ids) >= config.samples * config.length, "calibration", str(path),
+        f"at least samples x length = {config.samples * config.length} tokens long", f"{len(ids)} tokens",
+    )  # fmt: skip
+    starts = torch.randperm(len(ids) // config.length, generator=torch.Generator().manual_seed(seed))[: config.samples] * config.length
+    return with_bos(torch.stack([ids[start : start + config.length] for start in starts.sort().values.tolist()]), tokenizer)

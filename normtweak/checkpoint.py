@@ -1,0 +1,201 @@
+"""Reading and writing model folders: memory-mapped safetensors in, atomically written safetensors out. No pickle."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import check_out_folder, require
+
+logger = logging.getLogger(__name__)
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+QUANTIZE_CONFIG = "quantize_config.json"
+RECIPE = "normtweak.json"
+
+
+class WeightFiles:
+    """The tensors of a model folder, read one by one from memory-mapped safetensors files."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads every file's header. Raises ValueError for a folder without safetensors weights, or a damaged or missing file."""
+        self.folder = folder
+        self._where: dict[str, str] = {}
+        for file in self._file_names():
+            require((folder / file).is_file(), "checkpoint", "weights", f"complete ({INDEX} names {file})", "no such file")
+            try:
+                with self._open(file) as handle:
+                    self._where |= dict.fromkeys(handle.keys(), file)
+            except SafetensorError as error:
+                raise ValueError(f"checkpoint: {folder / file} must be a whole safetensors file, got one that is damaged or truncated ({error})") from error
+
+    def _open(self, file: str) -> Any:
+        # A mapping for each read: the pages that a tensor touched leave this process together with the tensor, not with the last of the file's tensors.
+        return safe_open(self.folder / file, framework="pt")
+
+    def _file_names(self) -> list[str]:
+        index = self.folder / INDEX
+        if index.is_file():
+            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        others = sorted(path.name for path in self.folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        hint = f" (found {others[0]}; name a GGUF file as FOLDER:FILE.gguf, convert pickled weights to safetensors)" if others else ""
+        require(bool(names), "checkpoint", str(self.folder), f"a folder with safetensors weights{hint}", "none")
+        return [SINGLE] if SINGLE in names else names
+
+    def names(self) -> list[str]:
+        """All tensors' names."""
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from its header."""
+        with self._open(self._where[name]) as handle:
+            return tuple(handle.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """A tensor."""
+        with self._open(self._where[name]) as handle:
+            return handle.get_tensor(name)
+
+    def find(self, name: str) -> str | None:
+        """The stored name of a parameter: as it is, or with or without the `model.` in front that heads add."""
+        candidates = (name, f"model.{name}", name.partition(".")[2])
+        return next((candidate for candidate in candidates if candidate in self._where), None)
+
+    def fill(self, module: nn.Module, prefix: str = "", *, skip: tuple[str, ...] = ()) -> None:
+        """Give the parameters and stored buffers of `module` that are still on the meta device their values.
+
+        prefix: the module's path in the model. skip: parameters, or modules (with a dot at the end), that are left alone.
+        Raises ValueError for a parameter that the checkpoint lacks or holds in another shape.
+        """
+        values: dict[str, Tensor] = {}
+        for name, tensor in module.state_dict().items():
+            full = prefix + name
+            if not tensor.is_meta or full.startswith(skip):
+                continue
+            stored = self.find(full)
+            require(stored is not None, "checkpoint", str(self.folder), f"a checkpoint with the parameter {full}", "none of that name")
+            assert stored is not None
+            require(self.shape(stored) == tuple(tensor.shape), "checkpoint", stored, f"of shape {tuple(tensor.shape)}", self.shape(stored))
+            values[name] = self.read(stored)
+        module.load_state_dict(values, strict=False, assign=True)
+
+    def check_finite(self) -> Iterator[str]:
+        """Read every floating-point tensor once; yields each name. Raises ValueError naming the first that holds NaN or infinity."""
+        for name in self._where:
+            tensor = self.read(name)
+            if tensor.is_floating_point():
+                require(bool(torch.isfinite(tensor).all()), "checkpoint", name, "finite", "NaN or infinity")
+            yield name
+
+
+class CheckpointWriter:
+    """Writes a model folder beside its place and renames it there when it is whole.
+
+    Use it as a context manager: an error or Ctrl-C removes what was written. A killed run leaves `.<name>.partial` with the finished
+    shards; the next run to the same folder starts it anew and says so.
+    """
+
+    def __init__(self, out: Path, shards: int) -> None:
+        check_out_folder(out)
+        self.out, self.shards = out.absolute(), shards
+        self.partial = self.out.parent / f".{self.out.name}.partial"
+        self._weight_map: dict[str, str] = {}
+        self._bytes = 0
+        self._lock: int | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        self.partial.mkdir(exist_ok=True)
+        self._lock = os.open(self.partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ValueError(f"quantize: out must be a folder that no other run is writing, got {self.out}") from None
+        leftovers = list(self.partial.iterdir())
+        if leftovers:
+            logger.warning("removing %d files that an interrupted run left in %s", len(leftovers), self.partial)
+            for path in leftovers:
+                path.unlink()
+        return self
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write shard `number` (from 0) at once, whole or not at all."""
+        name = f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
+        whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        with _beside(self.partial / name) as path:
+            save_file(whole, path, metadata={"format": "pt"})
+        self._weight_map |= dict.fromkeys(whole, name)
+        self._bytes += sum(tensor.nbytes for tensor in whole.values())
+
+    def write_json(self, name: str, data: Any) -> None:
+        """Write a JSON file."""
+        write_json(self.partial / name, data)
+
+    def finish(self) -> None:
+        """Write the index and move the folder to its place."""
+        self.write_json(INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))})
+        for path in self.partial.iterdir():
+            _sync(path)
+        _sync(self.partial)
+        check_out_folder(self.out)
+        self.partial.rename(self.out)
+        _sync(self.out.parent)
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    require(file.absolute().parent.is_dir(), "checkpoint", str(file), "in a folder that exists", "none")
+    with _beside(file) as path:
+        path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    _sync(temporary)
+    temporary.rename(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def packed_config(bits: int, group_size: int, symmetric: bool, act_order: bool, damp_percent: float, version: str, skipped: list[str]) -> dict[str, Any]:
+    """`quantization_config` of a GPTQ v1 checkpoint. desc_act is false: act-order here keeps static groups in their own order, so g_idx is k // group_size."""
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+        "modules_to_not_convert": skipped,
+        "meta": {"quantizer": [f"normtweak:{version}"], "damp_percent": damp_percent, "act_order": act_order, "static_groups": True},
+    }

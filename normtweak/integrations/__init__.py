@@ -1,0 +1,1 @@
+"""Other people's engines, one file each, imported only by whoever wants them."""

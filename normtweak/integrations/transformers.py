@@ -1,0 +1,75 @@
+"""`AutoModelForCausalLM.from_pretrained(folder)` for normtweak's packed checkpoints, after `import normtweak.integrations.transformers`.
+
+transformers knows GPTQ checkpoints by their `quant_method` and hands them to optimum and gptqmodel. Importing this file puts a
+quantizer in that place which takes the checkpoints that normtweak wrote and leaves all others to transformers' own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+
+from ..linear import PackedLinear, quantizable_linears, replace
+from ..models import block_path
+
+_THEIRS = AUTO_QUANTIZER_MAPPING["gptq"]
+
+
+class NormTweakQuantizer(HfQuantizer):
+    """Loads linears in GPTQ's layout and turns each into a PackedLinear."""
+
+    requires_calibration = True
+
+    def __new__(cls, quantization_config: Any, **kwargs: Any) -> Any:
+        """transformers' own quantizer for a checkpoint that another tool wrote."""
+        written_by = (getattr(quantization_config, "meta", None) or {}).get("quantizer", [])
+        if any(str(name).startswith("normtweak:") for name in written_by):
+            return super().__new__(cls)
+        return _THEIRS(quantization_config, **kwargs)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        blocks = model.get_submodule(block_path(model))
+        for name, linear in quantizable_linears(blocks).items():
+            replace(blocks, name, _StoredLinear(linear, config.bits, config.group_size))
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        stored = {name: module for name, module in model.named_modules() if isinstance(module, _StoredLinear)}
+        for name, module in stored.items():
+            replace(model, name, PackedLinear.from_gptq(name, module.tensors(), module.bits, module.in_features))
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether transformers' Trainer may train the packed weights: it may not."""
+        return False
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Whether `save_pretrained` writes the model back: not yet."""
+        return False
+
+
+class _StoredLinear(nn.Module):
+    """The tensors of a GPTQ linear as a checkpoint stores them, for transformers' loader to fill."""
+
+    def __init__(self, linear: nn.Linear, bits: int, group_size: int) -> None:
+        super().__init__()
+        n, k = linear.out_features, linear.in_features
+        groups = 1 if group_size == -1 else k // group_size
+        self.in_features, self.bits = k, bits
+        self.register_buffer("qweight", torch.empty(-(-k * bits // 32), n, dtype=torch.int32))
+        self.register_buffer("qzeros", torch.empty(groups, -(-n * bits // 32), dtype=torch.int32))
+        self.register_buffer("scales", torch.empty(groups, n, dtype=torch.float16))
+        self.register_buffer("g_idx", torch.empty(k, dtype=torch.int32))
+        if linear.bias is not None:
+            self.register_buffer("bias", torch.empty(n, dtype=linear.bias.dtype))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By GPTQ's names."""
+        return dict(self.named_buffers())
+
+
+AUTO_QUANTIZER_MAPPING["gptq"] = NormTweakQuantizer

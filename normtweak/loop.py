@@ -1,0 +1,171 @@
+"""Algorithm 1 of Norm Tweaking (arXiv 2309.02784), line beside line.
+
+    1  generate calibration text with the model itself                  -> calibration/
+    2  for each block l:
+    3-7   take the calibration text's embeddings (l = 0) or the last quantized output as input
+    8     compute the float output
+    9     quantize the block's linears
+    10    freeze them
+    11-16 for it in iterations: compute the quantized output, the loss (eq. 2), step the norm parameters
+    17  the tweaked quantized output is the next block's input
+
+Only one block's weights are in memory: `open_block` reads them when its turn comes, `close_block` writes them and lets them go.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import losses, norms, quantizers
+from .activations import Stream
+from .config import QuantizeConfig, TweakConfig
+from .linear import PackedLinear, quantizable_linears, replace
+from .progress import Progress
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What happened to one block. loss_before, loss_after: the tweak's loss over the calibration text (None without a tweak)."""
+
+    index: int
+    seconds: float
+    loss_before: float | None
+    loss_after: float | None
+
+    def __str__(self) -> str:
+        if self.loss_before is None or self.loss_after is None:
+            return f"block {self.index}: quantized in {self.seconds:.1f} s"
+        return f"block {self.index}: loss {self.loss_before:.4g} -> {self.loss_after:.4g} in {self.seconds:.1f} s"
+
+
+def quantize_blocks(
+    count: int,
+    open_block: Callable[[int], nn.Module],
+    close_block: Callable[[int, nn.Module], None],
+    stream: Stream | None,
+    config: QuantizeConfig,
+    stored_dtype: torch.dtype,
+    progress: Progress,
+) -> list[BlockReport]:
+    """Quantize and tweak `count` blocks in order.
+
+    open_block(l): block l with its float weights. close_block(l, block): called when block l is final, its linears packed.
+    stream: what the first block is given (None when the configuration looks at no text). stored_dtype: what tweaked norms are rounded to.
+    Raises ValueError, naming it, for a block without linears or norms.
+    """
+    quantizer = quantizers.find(config.method)
+    tweak = config.tweak
+    # The float model's own activations, kept beside the quantized ones when they are the target.
+    float_stream = stream if tweak and tweak.target_stream == "float" else None
+    reports = []
+    with progress.task("quantizing", count) as advance:
+        for index in range(count):
+            began = time.perf_counter()
+            block = open_block(index)
+            linears = quantizable_linears(block)
+            if not linears:
+                raise ValueError(f"quantize: block {index} must hold nn.Linear modules, got {type(block).__name__} without one")
+
+            # 8: the float output, of the float stream or (Algorithm 1) of the quantized one
+            target: Tensor | None = None
+            if float_stream is not None:
+                target = float_stream.through(block, index)
+                float_stream = float_stream.moved(target)
+
+            # 9: quantize; the quantizer's look at the activations is a pass of the quantized stream through the float block
+            seen: list[Tensor] = []
+
+            def run(block: nn.Module = block, index: int = index, seen: list[Tensor] = seen) -> None:
+                assert stream is not None
+                seen.append(stream.through(block, index))
+
+            with torch.no_grad():
+                weights = quantizer.quantize_block(linears, run, config)
+            if tweak and tweak.target_stream == "quantized":
+                if not seen:
+                    run()
+                target = seen[0]
+
+            # 10: freeze
+            for name, weight in weights.items():
+                replace(block, name, PackedLinear(weight, linears[name].bias))
+            block.requires_grad_(False)
+
+            # 11-16: tweak
+            before = after = None
+            if tweak and stream is not None and target is not None:
+                before = mean_loss(block, index, stream, target, tweak)
+                tweak_block(block, index, count, stream, target, tweak, stored_dtype, config.seed)
+
+            # 17: the tweaked quantized output goes on
+            if stream is not None:
+                output = stream.through(block, index)
+                if tweak and target is not None:
+                    after = loss_between(output, target, tweak, stream.batch_size)
+                stream = stream.moved(output)
+            close_block(index, block)
+            reports.append(BlockReport(index, time.perf_counter() - began, before, after))
+            advance(str(reports[-1]))
+    return reports
+
+
+def tweak_block(
+    block: nn.Module, index: int, count: int, stream: Stream, target: Tensor, config: TweakConfig, stored_dtype: torch.dtype, seed: int
+) -> None:
+    """Lines 11-16: Adam on the norm parameters of a frozen block, which are replaced by what it found.
+
+    target: float output [S, L, H]. The masters are float32; what stays is rounded to stored_dtype, so that the next block is given what will be served.
+    """
+    parameters = norms.norm_parameters(block, relative=config.step == "relative")
+    loss_of = losses.find(config.loss)
+    rate = config.learning_rate * (1 + config.depth_scale * index / count)  # eq. 3
+    adam = torch.optim.Adam([p.master for p in parameters], lr=rate)
+    order = torch.Generator().manual_seed(seed + index)
+    for _ in range(config.iterations):
+        for rows in torch.randperm(len(target), generator=order).split(config.batch_size):
+            values = {p.name: p.value() for p in parameters}
+            output = stream.call(Substituted(block, values), index, rows)
+            loss = loss_of(output, target[rows], token_mask(target[rows], config))
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+    with torch.no_grad():
+        for parameter in parameters:
+            block.get_parameter(parameter.name).copy_(parameter.value().to(stored_dtype))
+
+
+class Substituted:
+    """A block called with some of its parameters replaced by other tensors."""
+
+    def __init__(self, block: nn.Module, values: dict[str, Tensor]) -> None:
+        self._block, self._values = block, values
+
+    def __call__(self, *args, **kwargs):
+        """Like the block's own call."""
+        return torch.func.functional_call(self._block, self._values, args, kwargs)
+
+
+def token_mask(target: Tensor, config: TweakConfig) -> Tensor:
+    """Which tokens [B, L] of a target [B, L, H] count."""
+    mask = torch.ones(target.shape[:2], dtype=torch.bool, device=target.device)
+    if config.skip_first_token:
+        mask[:, 0] = False
+    return mask
+
+
+def mean_loss(block: nn.Module, index: int, stream: Stream, target: Tensor, config: TweakConfig) -> float:
+    """The tweak's loss of a block as it is, over all sequences."""
+    return loss_between(stream.through(block, index), target, config, stream.batch_size)
+
+
+@torch.no_grad()
+def loss_between(output: Tensor, target: Tensor, config: TweakConfig, batch_size: int) -> float:
+    """The tweak's loss between two outputs [S, L, H], mean over batches."""
+    loss_of = losses.find(config.loss)
+    values = [loss_of(o, t, token_mask(t, config)).item() for o, t in zip(output.split(batch_size), target.split(batch_size), strict=True)]
+    return sum(values) / len(values)

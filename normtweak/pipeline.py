@@ -1,0 +1,245 @@
+"""One run end to end: check everything, calibration text, the loop, the packed checkpoint, the report."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import platform
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import calibration, models
+from .activations import BlockCalls, Stream, compute_dtype, embed_all
+from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter, packed_config
+from .config import QuantizeConfig, check_out_folder, require
+from .linear import PackedLinear, quantizable_linears
+from .loop import BlockReport, quantize_blocks
+from .memory import PeakMemory
+from .models import ModelFolder
+from .progress import Progress, Silent
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Report:
+    """What a run did. seconds: by stage. peak_memory: bytes above what the process held at the start. sizes in bytes."""
+
+    out: Path
+    float_size: int = 0
+    packed_size: int = 0
+    peak_memory: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    blocks: list[BlockReport] = field(default_factory=list)
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    config: QuantizeConfig | None = None,
+    tokens: Tensor | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantize MODEL (see `models.resolve`) into the new folder `out`, a GPTQ v1 checkpoint with tweaked norms.
+
+    tokens: token ids int64 [samples, length] to calibrate on; None takes what `config.calibration` names.
+    Everything that can be wrong with the input is found before any heavy work: raises ValueError in one line. The folder appears when it is
+    whole; an error or Ctrl-C leaves none.
+    """
+    config = config or QuantizeConfig.preset()
+    progress = progress or Silent()
+    out = Path(out)
+    with PeakMemory() as memory:
+        stages = _Stages()
+        check_out_folder(out)
+        folder = ModelFolder(models.resolve(model))
+        plan = _Plan(folder, config)
+        plan.check_disk(out)
+        with stages("check"), progress.task("checking weights", len(folder.weights.names())) as advance:
+            for _ in folder.weights.check_finite():
+                advance()
+        if tokens is not None:
+            _check_tokens(tokens, folder)
+        elif config.needs_calibration:
+            with stages("calibration"):
+                tokens = _calibration_tokens(folder, config, progress)
+        with stages("blocks"), CheckpointWriter(out, plan.blocks + 1) as writer:
+            report = Report(out, blocks=_run_blocks(plan, tokens, writer, progress))
+            report.seconds = stages.seconds
+            _write_rest(plan, writer)
+            writer.write_json(RECIPE, _recipe(model, config, tokens, report))
+            writer.finish()
+    report.float_size, report.packed_size = plan.float_size, sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    report.peak_memory = memory.peak
+    return report
+
+
+class _Stages:
+    """Wall-clock seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str) -> _Stages:
+        self._name, self._began = name, time.perf_counter()
+        return self
+
+    def __enter__(self) -> None:
+        self.seconds[self._name] = 0.0
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds[self._name] = time.perf_counter() - self._began
+
+
+class _Plan:
+    """What a configuration means for a model; raises ValueError where they don't fit."""
+
+    def __init__(self, folder: ModelFolder, config: QuantizeConfig) -> None:
+        require(folder.quantization is None, "quantize", "model", "a float model", f"one quantized by {(folder.quantization or {}).get('quant_method')}")
+        self.folder, self.config = folder, config
+        self.model = folder.skeleton()
+        self.path = models.block_path(self.model)
+        self.modules: nn.ModuleList = self.model.get_submodule(self.path)
+        self.blocks = len(self.modules)
+        require(self.blocks > 0, "quantize", "model", "one with at least one block", "none")
+        self.stored_dtype = _stored_dtype(folder)
+        self.packed_names = [f"{self.path}.{i}.{name}" for i, block in enumerate(self.modules) for name in quantizable_linears(block)]
+        require(bool(self.packed_names), "quantize", self.path, "a list of blocks with nn.Linear modules", "none")
+        for name in self.packed_names:
+            k = self.model.get_submodule(name).in_features
+            require(config.group_size == -1 or k % config.group_size == 0, "quantize", "group_size", f"a divisor of {name}'s {k} input features", config.group_size)
+        self.tied = models.tied_names(self.model)
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        missing = self.folder.missing(self.model)
+        require(not missing, "checkpoint", str(self.folder.path), f"a checkpoint with the parameter {missing[:1]}", "none of that name")
+        for name, tensor in self.model.state_dict().items():
+            stored = self.folder.weights.find(name)
+            if tensor.is_meta and stored is not None:
+                shape = self.folder.weights.shape(stored)
+                require(shape == tuple(tensor.shape), "checkpoint", stored, f"of shape {tuple(tensor.shape)}", shape)
+
+    @cached_property
+    def float_size(self) -> int:
+        """Bytes of the model in 16 bits."""
+        return 2 * sum(p.numel() for name, p in self.model.state_dict().items() if name not in self.tied)
+
+    def packed_size(self) -> int:
+        """Bytes of the checkpoint to be written."""
+        size = self.float_size
+        for name in self.packed_names:
+            linear = self.model.get_submodule(name)
+            n, k = linear.out_features, linear.in_features
+            groups = 1 if self.config.group_size == -1 else k // self.config.group_size
+            size += n * k * self.config.bits // 8 + groups * n * (16 + self.config.bits) // 8 + 4 * k - 2 * n * k
+        return size
+
+    def check_disk(self, out: Path) -> None:
+        """Raise ValueError when the folder won't fit on its disk."""
+        needed, free = self.packed_size() + 64 * 2**20, shutil.disk_usage(out.absolute().parent).free
+        require(free >= needed, "quantize", "out", f"on a disk with {needed / 2**20:.0f} MiB free", f"{free / 2**20:.0f} MiB free")
+
+    def open_block(self, index: int) -> nn.Module:
+        """Block `index` with its float weights, float32."""
+        block = self.modules[index]
+        self.folder.weights.fill(block, f"{self.path}.{index}.")
+        return block.float().requires_grad_(False)
+
+
+def _stored_dtype(folder: ModelFolder) -> torch.dtype:
+    # float32 checkpoints hold their embeddings in float16 afterwards: what isn't packed should not outweigh what is
+    return folder.config.dtype if folder.config.dtype in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def _calibration_tokens(folder: ModelFolder, config: QuantizeConfig, progress: Progress) -> Tensor:
+    def load_model() -> Any:
+        return models.load(folder.path, dtype=compute_dtype(config.compute_dtype))
+
+    tokens = calibration.token_ids(config.calibration, folder.tokenizer, load_model, folder.config.vocab_size, config.seed, progress)
+    gc.collect()  # the whole float model, which wrote the text, goes before the blocks come
+    return tokens
+
+
+def _check_tokens(tokens: Tensor, folder: ModelFolder) -> None:
+    vocabulary = folder.config.vocab_size
+    good = tokens.dim() == 2 and tokens.dtype == torch.int64 and tokens.numel() > 0 and 0 <= int(tokens.min()) and int(tokens.max()) < vocabulary
+    require(good, "quantize", "tokens", f"int64 [samples, length] of ids below {vocabulary}", f"{tokens.dtype} {tuple(tokens.shape)}")
+
+
+def _run_blocks(plan: _Plan, tokens: Tensor | None, writer: CheckpointWriter, progress: Progress) -> list[BlockReport]:
+    config = plan.config
+    stream = None
+    if tokens is not None:
+        # everything but the blocks and the output head is needed for what enters the first block
+        head = next((name for name, module in plan.model.named_modules() if module is plan.model.get_output_embeddings()), None)
+        plan.folder.weights.fill(plan.model, skip=(f"{plan.path}.", *plan.tied, *([f"{head}."] if head else [])))
+        outside = [module for name, module in plan.model.named_modules() if list(module.parameters(recurse=False)) and not name.startswith(plan.path)]
+        plan.model.get_input_embeddings().float()
+        calls = BlockCalls(plan.model, plan.modules)
+        batch_sizes = (config.calibration.batch_size, *([config.tweak.batch_size] if config.tweak else []))
+        stream = Stream(embed_all(calls, tokens, batch_sizes), calls, config.calibration.batch_size, compute_dtype(config.compute_dtype))
+        for module in outside:
+            module.to("meta")
+
+    def close_block(index: int, block: nn.Module) -> None:
+        tensors: dict[str, Tensor] = {}
+        packed = {name: module for name, module in block.named_modules() if isinstance(module, PackedLinear)}
+        for name, module in packed.items():
+            tensors |= {f"{plan.path}.{index}.{name}.{leaf}": tensor for leaf, tensor in module.to_gptq().items()}
+        for name, tensor in block.state_dict().items():
+            if name.rpartition(".")[0] not in packed:
+                tensors[f"{plan.path}.{index}.{name}"] = tensor
+        writer.write(index, {name: _stored(tensor, plan.stored_dtype) for name, tensor in tensors.items()})
+        block.to("meta")
+
+    return quantize_blocks(plan.blocks, plan.open_block, close_block, stream, config, plan.stored_dtype, progress)
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.dtype in (torch.float32, torch.bfloat16) else tensor
+
+
+def _write_rest(plan: _Plan, writer: CheckpointWriter) -> None:
+    """Embeddings, final norm and head, then configuration, tokenizer, generation settings."""
+    weights = plan.folder.weights
+    rest: dict[str, Tensor] = {}
+    for name in plan.model.state_dict():
+        if name.startswith(f"{plan.path}.") or name in plan.tied:
+            continue
+        stored = weights.find(name)
+        if stored is not None:
+            rest[name] = _stored(weights.read(stored), plan.stored_dtype)
+    writer.write(plan.blocks, rest)
+    skipped = [name for name in quantizable_linears(plan.model) if name not in set(plan.packed_names)]
+    c = plan.config
+    quantization = packed_config(c.bits, c.group_size, c.symmetric, c.act_order, c.damp_percent, version("normtweak"), skipped)
+    settings = plan.folder.config.to_dict()
+    settings |= {"dtype": str(plan.stored_dtype).removeprefix("torch."), "quantization_config": quantization}
+    writer.write_json("config.json", settings)
+    writer.write_json(QUANTIZE_CONFIG, quantization)
+    plan.folder.tokenizer.save_pretrained(writer.partial)
+    if (plan.folder.path / "generation_config.json").is_file():
+        shutil.copyfile(plan.folder.path / "generation_config.json", writer.partial / "generation_config.json")
+
+
+def _recipe(model: str | os.PathLike[str], config: QuantizeConfig, tokens: Tensor | None, report: Report) -> dict[str, Any]:
+    packages = {name: version(name) for name in ("normtweak", "torch", "transformers", "safetensors")}
+    return {
+        "model": os.fspath(model),
+        "config": config.to_dict(),
+        "calibration_tokens": None if tokens is None else tokens.numel(),
+        "blocks": [asdict(block) for block in report.blocks],
+        "seconds": report.seconds,
+        "packages": packages | {"python": platform.python_version()},
+    }

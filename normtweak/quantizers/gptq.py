@@ -1,0 +1,148 @@
+"""GPTQ: column by column, each column's rounding error is passed on to the columns not yet rounded (arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+
+import torch
+from normtweak_kernels import QuantizedWeight, gptq_block_update, group_params
+from torch import Tensor, nn
+
+from ..config import QuantizeConfig
+
+logger = logging.getLogger(__name__)
+
+
+class GPTQ:
+    """GPTQ with damping, activation order over static groups, and a clip search for the groups' ranges."""
+
+    def quantize_block(self, linears: Mapping[str, nn.Linear], run: Callable[[], None], config: QuantizeConfig) -> dict[str, QuantizedWeight]:
+        """See Quantizer. Linears that are handed the same tensor share one Hessian and its factor."""
+        collector = HessianCollector(linears)
+        with collector.attached():
+            run()
+        result: dict[str, QuantizedWeight] = {}
+        for names, hessian in collector.shared():
+            solver = Solver(hessian, config, " ".join(names))
+            result |= {name: solver.quantize(linears[name].weight) for name in names}
+        return {name: result[name] for name in linears}
+
+
+class HessianCollector:
+    """Accumulates H = X^T X / T of each linear's input over all calls."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+        self._linears = linears
+        self._leader: dict[str, str] = {}  # linear -> the first linear that is given the same tensor
+        self._seen: list[tuple[Tensor, str]] = []
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+
+    @contextmanager
+    def attached(self):
+        """While open, forward calls of the linears are observed."""
+        handles = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self._linears.items()]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._seen.clear()
+
+    def shared(self) -> list[tuple[list[str], Tensor]]:
+        """(linears with one input, their Hessian float32 [K, K]). Raises ValueError for a linear that no token reached."""
+        groups: dict[str, list[str]] = {}
+        for name in self._linears:
+            if name not in self._leader:
+                raise ValueError(f"gptq: every linear must see calibration tokens, got none for {name}")
+            groups.setdefault(self._leader[name], []).append(name)
+        return [(names, self._sums.pop(leader) / self._tokens[leader]) for leader, names in groups.items()]
+
+    def _hook(self, name: str):
+        def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            if name not in self._leader:
+                self._leader[name] = next((leader for tensor, leader in self._seen if tensor is x), name)
+                self._seen.append((x, self._leader[name]))
+            if self._leader[name] == name:
+                self._add(name, x.detach().flatten(0, -2))
+
+        return observe
+
+    def _add(self, name: str, x: Tensor) -> None:
+        k = x.shape[1]
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(k, k, device=x.device)
+            self._tokens[name] = 0
+        # A bfloat16 product accumulated in bfloat16 makes the Hessian indefinite; float32 inputs that are bfloat16 values may be multiplied as such.
+        with _matmul_precision("medium" if x.dtype == torch.bfloat16 else "highest"):
+            x = x.float()
+            self._sums[name].addmm_(x.t(), x)
+        self._tokens[name] += x.shape[0]
+
+
+@contextmanager
+def _matmul_precision(name: str):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Solver:
+    """One Hessian's factor, and the solve of each weight that shares it."""
+
+    def __init__(self, hessian: Tensor, config: QuantizeConfig, name: str) -> None:
+        self.config = config
+        diagonal = hessian.diagonal()
+        # A column's error costs in proportion to its input's energy: on SmolLM2-135M at W4 per-channel the clip search without these weights
+        # makes perplexity worse than no search (61 against 52), with them far better (44).
+        self.importance = diagonal / diagonal.mean()
+        self.dead = diagonal == 0
+        hessian = hessian + torch.diag(self.dead.to(hessian.dtype))
+        self.order = torch.argsort(diagonal, descending=True, stable=True) if config.act_order else torch.arange(len(diagonal))
+        self.hinv = inverse_factor(hessian[self.order][:, self.order], config.damp_percent, name)
+
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        """Codes of a weight [N, K] that minimise tr((W - Q) H (W - Q)^T), greedily."""
+        config = self.config
+        weight = weight.detach().float().masked_fill(self.dead, 0.0)
+        n, k = weight.shape
+        group_size = k if config.group_size == -1 else config.group_size
+        # Static groups: grids are found on the weights as they are, in their own order, so that a checkpoint needs no g_idx.
+        scales, zeros = group_params(
+            weight, bits=config.bits, group_size=group_size, symmetric=config.symmetric, clip_steps=config.clip_steps,
+            importance=self.importance,
+        )
+        group_index = (self.order // group_size).to(torch.int32)
+        work = weight[:, self.order].contiguous()
+        codes = torch.empty(n, k, dtype=torch.uint8)
+        for start in range(0, k, config.block_size):
+            stop = min(start + config.block_size, k)
+            gptq_block_update(work, self.hinv, codes, scales, zeros, start, stop, bits=config.bits, group_index=group_index, symmetric=config.symmetric)
+        codes[:, self.order] = codes.clone()
+        return QuantizedWeight(codes, scales.half(), None if config.symmetric else zeros, config.bits)
+
+
+def inverse_factor(hessian: Tensor, damp_percent: float, name: str) -> Tensor:
+    """The upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1, float32 [K, K].
+
+    From one Cholesky factor of the flipped Hessian and one triangular inverse: with J the flip, J H J = L L^T gives U = J L^-1 J.
+    When the factorisation fails the damping is raised tenfold and a warning says so. Raises ValueError when damping 1.0 doesn't help.
+    """
+    k = hessian.shape[0]
+    mean = hessian.diagonal().mean()
+    while damp_percent <= 1.0:
+        damped = hessian + torch.eye(k) * (damp_percent * mean)
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if info.item() == 0:
+            inverse = torch.linalg.solve_triangular(lower, torch.eye(k), upper=False)
+            if torch.isfinite(inverse).all():
+                return inverse.flip(0, 1).contiguous()
+        logger.warning("gptq: the Hessian of %s is not positive definite with damping %g; trying %g", name, damp_percent, damp_percent * 10)
+        damp_percent *= 10
+    raise ValueError(f"gptq: the Hessian of {name} must be positive definite with damping up to 1.0, got one that isn't")

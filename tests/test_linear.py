@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch import nn
+
+from normtweak import PackedLinear
+from normtweak.linear import quantizable_linears, replace
+from normtweak_kernels import QuantizedWeight
+
+
+def quantized(n, k, bits, groups, symmetric):
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+    scales = (torch.rand(groups, n) * 0.1 + 0.01).half()
+    zeros = None if symmetric else torch.randint(0, 2**bits, (groups, n), dtype=torch.uint8)
+    return QuantizedWeight(codes, scales, zeros, bits)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("n", "k", "groups"), [(5, 33, 1), (64, 192, 3), (17, 576, 9)])
+def test_gptq_round_trip_and_product(bits, symmetric, n, k, groups):
+    weight = quantized(n, k, bits, groups, symmetric)
+    bias = torch.randn(n)
+    linear = PackedLinear(weight, bias)
+    again = PackedLinear.from_gptq("x", linear.to_gptq(), bits, k)
+    assert torch.equal(again.quantized().codes, weight.codes)
+    assert torch.equal(again.scales, weight.scales)
+    assert again.zeros is None if symmetric else torch.equal(again.zeros, weight.zeros)
+    x = torch.randn(3, 2, k)
+    expected = nn.functional.linear(x.double(), weight.dequantize(torch.float64), bias.double())
+    plain = nn.functional.linear(x, weight.dequantize(), bias)
+    limit = 2 * (plain - expected).abs().max() + 1e-6
+    assert (again(x) - expected).abs().max() <= limit
+
+
+def test_scales_keep_their_precision_through_to():
+    linear = PackedLinear(quantized(8, 32, 4, 1, True), torch.randn(8)).to(torch.bfloat16)
+    assert linear.scales.dtype == torch.float16
+    assert linear.bias.dtype == torch.bfloat16
+    assert linear(torch.randn(2, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_autocast_gives_the_autocast_dtype():
+    linear = PackedLinear(quantized(8, 32, 4, 1, True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(torch.randn(2, 32)).dtype == torch.bfloat16
+
+
+def test_gradient_reaches_x():
+    linear = PackedLinear(quantized(8, 32, 4, 2, False))
+    x = torch.randn(4, 32, requires_grad=True)
+    linear(x).square().sum().backward()
+    weight = linear.quantized().dequantize()
+    torch.testing.assert_close(x.grad, 2 * (x.detach() @ weight.t()) @ weight, rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_that_do_not_fit_together_are_named():
+    tensors = PackedLinear(quantized(8, 64, 4, 2, False)).to_gptq()
+    with pytest.raises(ValueError, match=r"layer.q: g_idx must be k // group_size"):
+        PackedLinear.from_gptq("layer.q", tensors | {"g_idx": torch.zeros(64, dtype=torch.int32)}, 4, 64)
+    with pytest.raises(ValueError, match=r"layer.q: unpack_gptq: qweight must be int32 \[16, N\]"):
+        PackedLinear.from_gptq("layer.q", tensors, 4, 128)
+    with pytest.raises(ValueError, match=r"layer.q: unpack_gptq_zeros"):
+        PackedLinear.from_gptq("layer.q", tensors | {"qzeros": tensors["qzeros"][:, :-1]}, 4, 64)
+
+
+def test_replace_and_list():
+    root = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+    assert list(quantizable_linears(root)) == ["0.0", "1"]
+    replace(root, "0.0", nn.Identity())
+    assert list(quantizable_linears(root)) == ["1"]
