@@ -32,16 +32,15 @@ double channel_loss(Isa isa, int threads, const Tokens& input, const float* mean
                                  tiles.data() + part * tile, means.data() + i * channels, m2s.data() + i * channels);
         }
     });
-    int64_t total = 0;
-    for (int64_t i = 0; i < slabs; ++i) {
+    int64_t total =
+        kept[0];  // a slab without a token is all zeros, and so is the sum that a first token is merged into
+    for (int64_t i = 1; i < slabs; ++i) {
         if (kept[i] == 0) continue;
-        const double share = static_cast<double>(kept[i]) / static_cast<double>(total + kept[i]),
-                     between = share * static_cast<double>(total);
+        const double n = static_cast<double>(kept[i]), before = static_cast<double>(total), share = n / (before + n);
         for (int64_t c = 0; c < channels; ++c) {
             const double delta = means[i * channels + c] - means[c];
-            // The first slab that kept a token replaces whatever slab 0 holds.
-            m2s[c] = total ? m2s[c] + m2s[i * channels + c] + delta * delta * between : m2s[i * channels + c];
-            means[c] = total ? means[c] + delta * share : means[i * channels + c];
+            means[c] += delta * share;
+            m2s[c] += m2s[i * channels + c] + delta * delta * share * before;
         }
         total += kept[i];
     }
