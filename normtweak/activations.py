@@ -27,18 +27,15 @@ class BlockCalls:
 
         Raises ValueError when the model doesn't call each block once.
         """
-        # A model either takes a block's output as it is or as the first of a tuple; the wrong guess changes the next block's input.
-        for as_tuple in (False, True):
-            try:
-                inputs, kwargs = self._record(tokens, as_tuple)
-            except (TypeError, IndexError, AttributeError, RuntimeError, ValueError):
-                if as_tuple:
-                    raise
-                continue
-            if len(inputs) == len(self._blocks) and all(x.shape == inputs[0].shape for x in inputs):
-                self._kwargs[len(tokens)] = kwargs
-                return inputs[0].float()
-        raise ValueError(f"activations: the model must call each of its {len(self._blocks)} blocks once, got {len(inputs)} calls")
+        # A model takes a block's output as it is, or as the first of a tuple. Taking the first of a tensor, it loses the batch dimension.
+        try:
+            inputs, kwargs = self._record(tokens, as_tuple=False)
+        except _TupleWanted:
+            inputs, kwargs = self._record(tokens, as_tuple=True)
+        if len(inputs) != len(self._blocks):
+            raise ValueError(f"activations: the model must call each of its {len(self._blocks)} blocks once, got {len(inputs)} calls")
+        self._kwargs[len(tokens)] = kwargs
+        return inputs[0].float()
 
     def _record(self, tokens: Tensor, as_tuple: bool) -> tuple[list[Tensor], list[dict[str, Any]]]:
         inputs: list[Tensor] = []
@@ -47,6 +44,8 @@ class BlockCalls:
         def stand_in(hidden: Tensor, *args: Any, **named: Any) -> Any:
             if args:
                 raise ValueError(f"activations: blocks must be given keyword arguments after the first, got {len(args)} positional ones")
+            if inputs and hidden.dim() < inputs[0].dim() and not as_tuple:
+                raise _TupleWanted
             inputs.append(hidden)
             kwargs.append(named)
             return (hidden,) if as_tuple else hidden
@@ -63,6 +62,10 @@ class BlockCalls:
     def of(self, index: int, batch: int) -> dict[str, Any]:
         """The arguments of block `index` for a batch of `batch` sequences, seen by `embed` before."""
         return self._kwargs[batch][index]
+
+
+class _TupleWanted(Exception):
+    """The model takes the first of what a block gives."""
 
 
 class Stream:

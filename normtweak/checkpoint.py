@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,18 @@ RECIPE = "normtweak.json"
 class WeightFiles:
     """The tensors of a model folder, read one by one from memory-mapped safetensors files."""
 
-    def __init__(self, folder: Path) -> None:
-        """Reads every file's header. Raises ValueError for a folder without safetensors weights, or a damaged or missing file."""
+    def __init__(self, folder: Path, rename: Callable[[str], str] = lambda name: name) -> None:
+        """Reads every file's header. `rename` turns a stored name into the one that the model uses.
+
+        Raises ValueError for a folder without safetensors weights, or a damaged or missing file.
+        """
         self.folder = folder
-        self._where: dict[str, str] = {}
+        self._where: dict[str, tuple[str, str]] = {}  # the model's name -> file, stored name
         for file in self._file_names():
             require((folder / file).is_file(), "checkpoint", "weights", f"complete ({INDEX} names {file})", "no such file")
             try:
                 with self._open(file) as handle:
-                    self._where |= dict.fromkeys(handle.keys(), file)
+                    self._where |= {rename(name): (file, name) for name in handle.keys()}  # noqa: SIM118  (no mapping)
             except SafetensorError as error:
                 raise ValueError(f"checkpoint: {folder / file} must be a whole safetensors file, got one that is damaged or truncated ({error})") from error
 
@@ -62,13 +65,15 @@ class WeightFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from its header."""
-        with self._open(self._where[name]) as handle:
-            return tuple(handle.get_slice(name).get_shape())
+        file, stored = self._where[name]
+        with self._open(file) as handle:
+            return tuple(handle.get_slice(stored).get_shape())
 
     def read(self, name: str) -> Tensor:
         """A tensor."""
-        with self._open(self._where[name]) as handle:
-            return handle.get_tensor(name)
+        file, stored = self._where[name]
+        with self._open(file) as handle:
+            return handle.get_tensor(stored)
 
     def find(self, name: str) -> str | None:
         """The stored name of a parameter: as it is, or with or without the `model.` in front that heads add."""

@@ -50,11 +50,12 @@ class CalibrationConfig:
 class TweakConfig:
     """How the norm parameters of each block are tweaked (Norm Tweaking, arXiv 2309.02784, Algorithm 1).
 
-    loss: a file's entry in `losses/`: "channel" (eq. 2), "channel_squared", "token_mse", "mse" or "kl".
+    loss: a file's entry in `losses/`: "channel" (eq. 2), "channel_squared", "channel_mse", "token_mse", "mse" or "kl".
     target_stream: what the float block is fed to get the target: "quantized" (Algorithm 1: the tweaked quantized output of the block before) or
     "float" (the float model's own activations).
     step: "relative" (gain = gain0 * (1 + delta), Adam moves delta) or "absolute" (Adam moves the parameter).
     learning_rate, depth_scale: eq. 3, lr_i = learning_rate * (1 + depth_scale * i / L) for block i of L.
+    schedule: how the rate goes on within a block: "constant", or "linear" down to 0.
     iterations: passes over the calibration text. batch_size: sequences a step.
     skip_first_token: leave position 0, where models keep a massive activation, out of the loss.
     """
@@ -64,17 +65,19 @@ class TweakConfig:
     step: str = "relative"
     learning_rate: float = 2e-3
     depth_scale: float = 0.0
+    schedule: str = "linear"
     iterations: int = 1
     batch_size: int = 2
     skip_first_token: bool = True
 
     def __post_init__(self) -> None:
         where = "TweakConfig"
-        _one_of(where, "loss", self.loss, ("channel", "channel_squared", "token_mse", "mse", "kl"))
+        _one_of(where, "loss", self.loss, ("channel", "channel_squared", "channel_mse", "token_mse", "mse", "kl"))
         _one_of(where, "target_stream", self.target_stream, ("float", "quantized"))
         _one_of(where, "step", self.step, ("relative", "absolute"))
         require(0 < self.learning_rate < 1, where, "learning_rate", "between 0 and 1", self.learning_rate)
         require(self.depth_scale >= 0, where, "depth_scale", "0 or more", self.depth_scale)
+        _one_of(where, "schedule", self.schedule, ("constant", "linear"))
         require(self.iterations >= 1, where, "iterations", "1 or more", self.iterations)
         require(self.batch_size >= 1, where, "batch_size", "1 or more", self.batch_size)
 
@@ -146,7 +149,14 @@ def _default_tweak(bits: int) -> TweakConfig:
 
 def _paper_tweak(bits: int) -> TweakConfig:
     return TweakConfig(
-        loss="channel", target_stream="quantized", step="absolute", learning_rate=1e-5, depth_scale=1.0, iterations=1, skip_first_token=False
+        loss="channel",
+        target_stream="quantized",
+        step="absolute",
+        learning_rate=1e-5,
+        depth_scale=1.0,
+        schedule="constant",
+        iterations=1,
+        skip_first_token=False,
     )
 
 

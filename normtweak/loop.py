@@ -125,6 +125,8 @@ def tweak_block(
     loss_of = losses.find(config.loss)
     rate = config.learning_rate * (1 + config.depth_scale * index / count)  # eq. 3
     adam = torch.optim.Adam([p.master for p in parameters], lr=rate)
+    steps = config.iterations * -(-len(target) // config.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1.0 if config.schedule == "constant" else 1.0 - step / steps)
     order = torch.Generator().manual_seed(seed + index)
     for _ in range(config.iterations):
         for rows in torch.randperm(len(target), generator=order).split(config.batch_size):
@@ -134,6 +136,7 @@ def tweak_block(
             adam.zero_grad()
             loss.backward()
             adam.step()
+            schedule.step()
     with torch.no_grad():
         for parameter in parameters:
             block.get_parameter(parameter.name).copy_(parameter.value().to(stored_dtype))

@@ -161,8 +161,19 @@ class ModelFolder:
 
     @cached_property
     def weights(self) -> WeightFiles:
-        """The memory-mapped weights."""
-        return WeightFiles(self.path)
+        """The memory-mapped weights, under the names that transformers' modules have today (old checkpoints have other ones)."""
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        keys = [*(self.config.architectures or []), self.config.model_type]
+        steps = [step for key in keys for step in get_checkpoint_conversion_mapping(key) or [] if isinstance(step, WeightRenaming)]
+
+        def rename(name: str) -> str:
+            for step in steps:
+                name, _ = step.rename_source_key(name)
+            return name
+
+        return WeightFiles(self.path, rename)
 
     @property
     def quantization(self) -> dict[str, Any] | None:

@@ -123,7 +123,7 @@ class _Plan:
 
     def _check_parameters(self) -> None:
         missing = self.folder.missing(self.model)
-        require(not missing, "checkpoint", str(self.folder.path), f"a checkpoint with the parameter {missing[:1]}", "none of that name")
+        require(not missing, "checkpoint", str(self.folder.path), f"a checkpoint with the parameter {missing[:1] and missing[0]}", "none of that name")
         for name, tensor in self.model.state_dict().items():
             stored = self.folder.weights.find(name)
             if tensor.is_meta and stored is not None:
@@ -185,7 +185,9 @@ def _run_blocks(plan: _Plan, tokens: Tensor | None, writer: CheckpointWriter, pr
         head = next((name for name, module in plan.model.named_modules() if module is plan.model.get_output_embeddings()), None)
         plan.folder.weights.fill(plan.model, skip=(f"{plan.path}.", *plan.tied, *([f"{head}."] if head else [])))
         outside = [module for name, module in plan.model.named_modules() if list(module.parameters(recurse=False)) and not name.startswith(plan.path)]
-        plan.model.get_input_embeddings().float()
+        for module in outside:
+            if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                module.float()
         calls = BlockCalls(plan.model, plan.modules)
         batch_sizes = (config.calibration.batch_size, *([config.tweak.batch_size] if config.tweak else []))
         stream = Stream(embed_all(calls, tokens, batch_sizes), calls, config.calibration.batch_size, compute_dtype(config.compute_dtype))

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from torch import nn
+
+from conftest import make_model
+from normtweak import models
+from normtweak.activations import BlockCalls, Stream, compute_dtype, embed_all
+
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16},
+    "gpt_neox": {},
+    "opt": {},
+    "phi3": {},
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_blocks_in_turn_give_what_the_model_gives(tmp_path, model_type, batch_size):
+    folder = make_model(tmp_path, model_type, **FAMILIES[model_type])
+    model = models.load(folder)
+    blocks = model.get_submodule(models.block_path(model))
+    tokens = torch.randint(2, 90, (5, 24))
+    with torch.no_grad():
+        expected = model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states
+        stream = Stream(embed_all(calls := BlockCalls(model, blocks), tokens, (batch_size,)), calls, batch_size, torch.float32)
+        torch.testing.assert_close(stream.hidden, expected[0])
+        for index, block in enumerate(blocks[:-1]):
+            stream = stream.moved(stream.through(block, index))
+            torch.testing.assert_close(stream.hidden, expected[index + 1], rtol=1e-4, atol=1e-4)
+
+
+class TupleModel(nn.Module):
+    """Blocks give tuples, as older families' do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+        self.blocks = nn.ModuleList(TupleBlock() for _ in range(3))
+
+    def forward(self, input_ids, use_cache=False):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x, shift=2.0)[0]
+        return x
+
+
+class TupleBlock(nn.Module):
+    def forward(self, x, shift):
+        return (x + shift, None)
+
+
+def test_blocks_that_give_tuples():
+    model = TupleModel()
+    tokens = torch.randint(0, 10, (3, 5))
+    calls = BlockCalls(model, model.blocks)
+    stream = Stream(embed_all(calls, tokens, (2,)), calls, 2, torch.float32)
+    for index, block in enumerate(model.blocks):
+        stream = stream.moved(stream.through(block, index))
+    torch.testing.assert_close(stream.hidden, model(tokens))
+
+
+def test_a_model_that_skips_blocks_is_refused():
+    model = TupleModel()
+    model.forward = lambda input_ids, use_cache: model.blocks[0](model.embed(input_ids))
+    with pytest.raises(ValueError, match="activations: the model must call each of its 3 blocks once, got 1 calls"):
+        BlockCalls(model, model.blocks).embed(torch.zeros(1, 4, dtype=torch.int64))
+    assert type(model.blocks[0]).forward is TupleBlock.forward
+    assert "forward" not in vars(model.blocks[0])
+
+
+def test_compute_dtype():
+    assert compute_dtype("float32") == torch.float32
+    assert compute_dtype("bfloat16") == torch.bfloat16
+    assert compute_dtype("auto") in (torch.float32, torch.bfloat16)
