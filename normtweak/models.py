@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import struct
 import tempfile
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def _from_gguf(path: Path) -> Path:
             try:
                 model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
                 tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            except (ValueError, OSError, KeyError, IndexError) as error:
+            except (ValueError, OSError, KeyError, IndexError, struct.error) as error:
                 raise ValueError(f"model: {path} must be a GGUF file that transformers reads, got {str(error).splitlines()[0][:200]}") from error
             settings = model.config.to_dict()
             settings.pop("quantization_config", None)

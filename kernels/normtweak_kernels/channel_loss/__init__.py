@@ -76,7 +76,8 @@ def channel_loss(x: Tensor, mean_f: Tensor, var_f: Tensor, mask: Tensor | None =
 
     x: [..., C], any float dtype; accumulated in float32 (float64 for float64). mean_f, var_f: [C], float32 or float64, constants (no gradient);
     `ChannelStatistics` collects them. mask: bool, x's shape without C; True keeps a token. form: "absolute" or "squared".
-    Returns a scalar, float32 (float64 for float64). Raises ValueError for other shapes or forms, or when no token is kept.
+    Returns a scalar, float32 (float64 for float64). NaN when the mask keeps no token
+    (whether it does is not looked at: on a GPU that would wait for the device). Raises ValueError for other shapes or forms.
     """
     if form not in ("absolute", "squared"):
         raise ValueError(f"channel_loss: form must be absolute or squared, got {form}")

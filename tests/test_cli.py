@@ -1,0 +1,151 @@
+"""The command line as a user meets it; each command once in its own process, its variants in this one."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+from rich.console import Console
+
+from normtweak import cli
+
+SMALL = ["--calibration", "random", "--samples", "4", "--length", "24"]
+
+
+def normtweak(*args, **kwargs):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return subprocess.run([sys.executable, "-m", "normtweak", *map(str, args)], capture_output=True, text=True, env=environment, timeout=300, **kwargs)
+
+
+def in_process(*args):
+    """Exit code, stdout, stderr of the same command without a new interpreter."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["normtweak", *map(str, args)])
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(cli, "console", Console(file=out, width=200))
+        patch.setattr(cli, "errors", Console(file=err, width=200))
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+    return exited.value.code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def packed(small_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "out"
+    result = normtweak("quantize", small_model, "--out", out, "--bits", 4, "--group-size", 32, *SMALL)
+    assert result.returncode == 0, result.stderr
+    return out, result
+
+
+def test_quantize_says_what_it_did(packed):
+    out, result = packed
+    assert "block 0: loss" in result.stdout
+    assert "block 1: loss" in result.stdout
+    assert "peak memory" in result.stdout
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
+
+
+def test_eval(packed, small_model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    file = tmp_path / "scores.json"
+    result = normtweak("eval", packed[0], "--against", small_model, "--text", text, "--windows", 4, "--length", 32, "--json", file)
+    assert result.returncode == 0, result.stderr
+    assert "perplexity" in result.stdout
+    scores = json.loads(file.read_text())["scores"][str(text)]
+    assert scores["perplexity"] > 1
+    assert 0 < scores["kl"] < 1
+    assert 0 < scores["top1_agreement"] <= 1
+
+
+def test_generate(packed):
+    result = normtweak("generate", packed[0], "--prompt", "The ", "--max-new-tokens", 5)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("The ")
+    assert "5 tokens in" in result.stderr
+    again = [in_process("generate", packed[0], "--prompt", "The ", "--max-new-tokens", 5, "--temperature", 1, "--seed", seed) for seed in (3, 3, 4)]
+    assert all(code == 0 for code, _, _ in again)
+    assert again[0][1] == again[1][1] != again[2][1]
+
+
+def test_inspect(packed, small_model):
+    code, stdout, stderr = in_process("inspect", packed[0])
+    assert code == 0, stderr
+    for word in ("llama", "gptq", "recipe", "input_layernorm (LlamaRMSNorm)", "dequant_gemm on cpu"):
+        assert word in stdout
+    assert in_process("inspect", small_model)[0] == 0
+
+
+def test_help_is_good_reading():
+    result = normtweak("--help")
+    assert result.returncode == 0
+    for command in ("quantize", "eval", "generate", "inspect", "demo"):
+        assert command in result.stdout
+    assert "--group-size" in normtweak("quantize", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["quantize", "no/such-model", "--out", "OUT"], "model: no/such-model must be"),
+        (["quantize", "MODEL", "--out", "OUT", "--group-size", "48"], "group_size must be a divisor"),
+        (["quantize", "MODEL", "--out", "OUT", "--bits", "5"], "bits must be one of 2, 3, 4, 8, got 5"),
+        (["quantize", "MODEL", "--out", "MODEL"], "out must be a new or empty folder"),
+        (["quantize", "MODEL", "--out", "OUT", "--method", "magic"], "method must be one of gptq, rtn, got magic"),
+        (["quantize", "MODEL", "--out", "OUT", "--preset", "best"], "preset must be one of default, paper, got best"),
+        (["quantize", "MODEL", "--out", "OUT", "--calibration", "none.txt"], "source must be generated, random or a text file"),
+        (["quantize", "MODEL", "--out", "OUT", "--config", "none.json"], "config must be a JSON file, got none.json, which doesn't exist"),
+        (["eval", "MODEL", "--text", "none.txt"], "eval: text must be a text file"),
+        (["eval", "MODEL", "--windows", "0"], "eval: windows, length must be at least 1 and 2"),
+        (["generate", "MODEL", "--prompt", ""], "generate: prompt must be some text"),
+        (["inspect", "./nowhere"], "model: ./nowhere must be a model folder"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(small_model, tmp_path, monkeypatch, args, message):
+    names = {"MODEL": small_model, "OUT": tmp_path / "out"}
+    monkeypatch.chdir(tmp_path)
+    code, _, stderr = in_process(*[names.get(arg, arg) for arg in args])
+    assert code == 2
+    assert message in stderr
+    assert len(stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_key_in_a_config_file(small_model, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"damp": 0.1}))
+    result = normtweak("quantize", small_model, "--out", tmp_path / "out", "--config", file)
+    assert result.returncode == 2
+    assert "QuantizeConfig: key must be one of bits" in result.stderr
+    assert "got damp" in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    file.write_text("{")
+    code, _, stderr = in_process("quantize", small_model, "--out", tmp_path / "out", "--config", file)
+    assert code == 2
+    assert "config must be a JSON file" in stderr
+
+
+def test_unknown_option():
+    assert in_process("quantize", "--nonsense")[0] == 2
+
+
+def test_ctrl_c_leaves_no_folder(small_model, tmp_path):
+    folder = shutil.copytree(small_model, tmp_path / "float")
+    command = [sys.executable, "-m", "normtweak", "quantize", str(folder), "--out", str(tmp_path / "out"), "--samples", "512", "--length", "120"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "generating" in line:
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]
