@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,7 +80,7 @@ class Stream:
         for start in range(0, len(self.hidden), self.batch_size):
             yield slice(start, min(start + self.batch_size, len(self.hidden)))
 
-    def call(self, block: nn.Module, index: int, rows: slice | Tensor) -> Tensor:
+    def call(self, block: Callable[..., Any], index: int, rows: slice | Tensor) -> Tensor:
         """Output [B, L, H] float32 of a block for some of the sequences; differentiable in the block's parameters."""
         hidden = self.hidden[rows]
         with computing(hidden.device.type, self.compute_dtype):

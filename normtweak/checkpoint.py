@@ -43,7 +43,9 @@ class WeightFiles:
                 with self._open(file) as handle:
                     self._where |= {rename(name): (file, name) for name in handle.keys()}  # noqa: SIM118  (no mapping)
             except SafetensorError as error:
-                raise ValueError(f"checkpoint: {folder / file} must be a whole safetensors file, got one that is damaged or truncated ({error})") from error
+                raise ValueError(
+                    f"checkpoint: {folder / file} must be a whole safetensors file, got one that is damaged or truncated ({error})"
+                ) from error
 
     def _open(self, file: str) -> Any:
         # A mapping for each read: the pages that a tensor touched leave this process together with the tensor, not with the last of the file's tensors.
@@ -190,7 +192,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def packed_config(bits: int, group_size: int, symmetric: bool, act_order: bool, damp_percent: float, version: str, skipped: list[str]) -> dict[str, Any]:
+def packed_config(
+    bits: int, group_size: int, symmetric: bool, act_order: bool, damp_percent: float, version: str, skipped: list[str]
+) -> dict[str, Any]:
     """`quantization_config` of a GPTQ v1 checkpoint. desc_act is false: act-order here keeps static groups in their own order, so g_idx is k // group_size."""
     return {
         "quant_method": "gptq",

@@ -75,7 +75,9 @@ def quantize(
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
     seed: Annotated[int, typer.Option(help="The same seed writes the same bytes.")] = 0,
-    config: Annotated[Path | None, typer.Option(help="JSON file of further QuantizeConfig settings; the options above win.", show_default=False)] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file of further QuantizeConfig settings; the options above win.", show_default=False)
+    ] = None,
 ) -> None:
     """Quantize MODEL block by block, tweak each block's norms, write a packed checkpoint (GPTQ v1 layout)."""
     from . import pipeline
@@ -97,7 +99,9 @@ def quantize(
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    against: Annotated[str | None, typer.Option(metavar="FLOAT", help="Float model for KL divergence and top-1 agreement.", show_default=False)] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="FLOAT", help="Float model for KL divergence and top-1 agreement.", show_default=False)
+    ] = None,
     text: Annotated[list[str] | None, typer.Option(metavar="FILE", help="UTF-8 text; repeatable. Default: the Python language reference.")] = None,
     windows: Annotated[int, typer.Option(help="Windows taken from each text, evenly spaced.")] = 40,
     length: Annotated[int, typer.Option(help="Tokens in each window.")] = 512,

@@ -175,12 +175,12 @@ def _from_dict(cls: Any, settings: Any) -> Any:
 
 
 def _typed(where: str, key: str, wanted: Any, value: Any) -> Any:
-    options = typing.get_args(wanted) or (wanted,)
+    options: tuple[Any, ...] = typing.get_args(wanted) or (wanted,)
     if value is None and type(None) in options:
         return None
     for option in options:
         if dataclasses.is_dataclass(option):
-            return value if isinstance(value, option) else _from_dict(option, value)
+            return value if type(value) is option else _from_dict(option, value)
         if option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if isinstance(value, option) and (option is not int or not isinstance(value, bool)):
@@ -191,5 +191,7 @@ def _typed(where: str, key: str, wanted: Any, value: Any) -> Any:
 
 def check_out_folder(out: Path) -> None:
     """Raise ValueError unless `out` is free: missing, or an empty folder, under a parent that exists."""
-    require(not out.exists() or (out.is_dir() and not any(out.iterdir())), "quantize", "out", "a new or empty folder", f"{out}, which holds something")
+    require(
+        not out.exists() or (out.is_dir() and not any(out.iterdir())), "quantize", "out", "a new or empty folder", f"{out}, which holds something"
+    )
     require(out.absolute().parent.is_dir(), "quantize", "out", "in a folder that exists", out)

@@ -61,7 +61,12 @@ def _run(folder: models.ModelFolder, samples: int, length: int, root: Path, prog
         on_docs = score(model, tokenizer, docs, dtype=precision, progress=progress)
         beside = score(model, tokenizer, held_out, against=reference, dtype=precision, progress=progress)
         table.add_row(
-            name, f"{on_docs.perplexity:.2f}", f"{beside.kl:.3f}", f"{beside.top1_agreement:.1%}", f"{megabytes:.0f}", f"{seconds:.0f}" if seconds else "-"
+            name,
+            f"{on_docs.perplexity:.2f}",
+            f"{beside.kl:.3f}",
+            f"{beside.top1_agreement:.1%}",
+            f"{megabytes:.0f}",
+            f"{seconds:.0f}" if seconds else "-",
         )
         texts.append(f"{name}: {PROMPT}{continue_text(model, tokenizer, PROMPT, 40).text!r}")
 

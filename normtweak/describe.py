@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+
 from normtweak_kernels import native, which_backend
 
 from . import families, models
@@ -48,7 +49,9 @@ def describe(model: str | os.PathLike[str]) -> list[Section]:
     ]
     settings = folder.quantization
     if settings is not None:
-        rows = [(key, str(settings[key])) for key in ("quant_method", "checkpoint_format", "bits", "group_size", "sym", "desc_act") if key in settings]
+        rows: list[tuple[str, str]] = [
+            (key, str(settings[key])) for key in ("quant_method", "checkpoint_format", "bits", "group_size", "sym", "desc_act") if key in settings
+        ]
         sections.append(Section("quantization", rows))
     recipe = models.recipe(folder.path)
     if recipe is not None:

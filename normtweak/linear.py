@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from normtweak_kernels import QuantizedWeight, dequant_gemm, packing
 from torch import Tensor, nn
+
+from normtweak_kernels import QuantizedWeight, dequant_gemm, packing
 
 
 class PackedLinear(nn.Module):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,17 +80,10 @@ def quantize_blocks(
 
             # 9: quantize; the quantizer's look at the activations is a pass of the quantized stream through the float block
             seen: list[Tensor] = []
-
-            def run(block: nn.Module = block, index: int = index, seen: list[Tensor] = seen) -> None:
-                assert stream is not None
-                seen.append(stream.through(block, index))
-
             with torch.no_grad():
-                weights = quantizer.quantize_block(linears, run, config)
-            if tweak and tweak.target_stream == "quantized":
-                if not seen:
-                    run()
-                target = seen[0]
+                weights = quantizer.quantize_block(linears, pass_through(block, index, stream, seen), config)
+            if tweak and stream and tweak.target_stream == "quantized":
+                target = seen[0] if seen else stream.through(block, index)
 
             # 10: freeze
             for name, weight in weights.items():
@@ -114,6 +108,17 @@ def quantize_blocks(
     return reports
 
 
+def pass_through(block: nn.Module, index: int, stream: Stream | None, seen: list[Tensor]) -> Callable[[], None]:
+    """A call that sends the stream through the block and keeps the output in `seen`."""
+
+    def run() -> None:
+        if stream is None:
+            raise ValueError("quantize: this method must be given calibration text, got none")
+        seen.append(stream.through(block, index))
+
+    return run
+
+
 def tweak_block(
     block: nn.Module, index: int, count: int, stream: Stream, target: Tensor, config: TweakConfig, stored_dtype: torch.dtype, seed: int
 ) -> None:
@@ -131,7 +136,7 @@ def tweak_block(
     for _ in range(config.iterations):
         for rows in torch.randperm(len(target), generator=order).split(config.batch_size):
             values = {p.name: p.value() for p in parameters}
-            output = stream.call(Substituted(block, values), index, rows)
+            output = stream.call(with_parameters(block, values), index, rows)
             loss = loss_of(output, target[rows], token_mask(target[rows], config))
             adam.zero_grad()
             loss.backward()
@@ -142,15 +147,9 @@ def tweak_block(
             block.get_parameter(parameter.name).copy_(parameter.value().to(stored_dtype))
 
 
-class Substituted:
-    """A block called with some of its parameters replaced by other tensors."""
-
-    def __init__(self, block: nn.Module, values: dict[str, Tensor]) -> None:
-        self._block, self._values = block, values
-
-    def __call__(self, *args, **kwargs):
-        """Like the block's own call."""
-        return torch.func.functional_call(self._block, self._values, args, kwargs)
+def with_parameters(block: nn.Module, values: dict[str, Tensor]) -> Callable[..., Any]:
+    """The block's call with some of its parameters replaced by other tensors."""
+    return lambda *args, **kwargs: torch.func.functional_call(block, values, args, kwargs)
 
 
 def token_mask(target: Tensor, config: TweakConfig) -> Tensor:

@@ -72,7 +72,9 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"model: {name} must be a folder here or a model on the hub, got neither ({type(error).__name__}: {reason[:160]})") from error
+        raise ValueError(
+            f"model: {name} must be a folder here or a model on the hub, got neither ({type(error).__name__}: {reason[:160]})"
+        ) from error
 
 
 def cache_folder() -> Path:
@@ -251,10 +253,10 @@ def load(model: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", de
 
 def fill_packed(model: Any, folder: ModelFolder) -> None:
     """Give a skeleton a GPTQ checkpoint's weights: packed linears where it has codes, the rest as stored."""
-    settings = folder.quantization or {}
-    method, bits, form = settings.get("quant_method"), settings.get("bits"), settings.get("checkpoint_format", "gptq")
+    settings: dict[str, Any] = folder.quantization or {}
+    method, bits, form = settings.get("quant_method"), settings.get("bits", 0), settings.get("checkpoint_format", "gptq")
     require(method == "gptq", "load", "quant_method", "gptq", method)
-    require(bits in BITS, "load", "bits", "one of 2, 3, 4, 8", bits)
+    require(isinstance(bits, int) and bits in BITS, "load", "bits", "one of 2, 3, 4, 8", bits)
     require(form in ("gptq", "gptq_v2"), "load", "checkpoint_format", "gptq or gptq_v2", form)
     weights = folder.weights
     packed = 0
@@ -270,7 +272,7 @@ def fill_packed(model: Any, folder: ModelFolder) -> None:
         missing = {"qweight", "qzeros", "scales"} - set(tensors)
         require(not missing, "load", name, "packed with qweight, qzeros and scales", f"no {', '.join(sorted(missing))}")
         require(tensors["scales"].shape[-1] == linear.out_features, "load", name, f"of {linear.out_features} rows", tensors["scales"].shape[-1])
-        replace(model, name, PackedLinear.from_gptq(name, tensors, int(bits), linear.in_features, v2=form == "gptq_v2"))
+        replace(model, name, PackedLinear.from_gptq(name, tensors, bits, linear.in_features, v2=form == "gptq_v2"))
         packed += 1
     require(packed > 0, "load", str(folder.path), "a checkpoint with packed linears (qweight tensors)", "none")
     weights.fill(model, skip=tied_names(model))

@@ -25,7 +25,7 @@ def gain_offset(norm: nn.Module) -> float:
     probe = copy.deepcopy(norm).float()
     for parameter in probe.parameters():
         parameter.zero_()
-    width = norm.weight.shape[0]  # type: ignore[union-attr]
+    (width,) = norm.get_parameter("weight").shape
     x = torch.linspace(-1.0, 1.0, width, device=next(probe.parameters()).device).unsqueeze(0)
     return 0.0 if probe(x).abs().max() < 1e-3 else 1.0
 
@@ -61,7 +61,7 @@ def norm_parameters(block: nn.Module, *, relative: bool) -> list[NormParameter]:
         if not is_norm(module):
             continue
         offset = gain_offset(module)
-        gain = module.weight.detach().float() + offset  # type: ignore[union-attr, operator]
+        gain = module.get_parameter("weight").detach().float() + offset
         for leaf, parameter in module.named_parameters(recurse=False):
             start = parameter.detach().float().clone()
             master = (torch.zeros_like(start) if relative else start.clone()).requires_grad_()

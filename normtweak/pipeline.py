@@ -105,7 +105,9 @@ class _Plan:
     """What a configuration means for a model; raises ValueError where they don't fit."""
 
     def __init__(self, folder: ModelFolder, config: QuantizeConfig) -> None:
-        require(folder.quantization is None, "quantize", "model", "a float model", f"one quantized by {(folder.quantization or {}).get('quant_method')}")
+        require(
+            folder.quantization is None, "quantize", "model", "a float model", f"one quantized by {(folder.quantization or {}).get('quant_method')}"
+        )
         self.folder, self.config = folder, config
         self.model = folder.skeleton()
         self.path = models.block_path(self.model)
@@ -117,13 +119,21 @@ class _Plan:
         require(bool(self.packed_names), "quantize", self.path, "a list of blocks with nn.Linear modules", "none")
         for name in self.packed_names:
             k = self.model.get_submodule(name).in_features
-            require(config.group_size == -1 or k % config.group_size == 0, "quantize", "group_size", f"a divisor of {name}'s {k} input features", config.group_size)
+            require(
+                config.group_size == -1 or k % config.group_size == 0,
+                "quantize",
+                "group_size",
+                f"a divisor of {name}'s {k} input features",
+                config.group_size,
+            )
         self.tied = models.tied_names(self.model)
         self._check_parameters()
 
     def _check_parameters(self) -> None:
         missing = self.folder.missing(self.model)
-        require(not missing, "checkpoint", str(self.folder.path), f"a checkpoint with the parameter {missing[:1] and missing[0]}", "none of that name")
+        require(
+            not missing, "checkpoint", str(self.folder.path), f"a checkpoint with the parameter {missing[:1] and missing[0]}", "none of that name"
+        )
         for name, tensor in self.model.state_dict().items():
             stored = self.folder.weights.find(name)
             if tensor.is_meta and stored is not None:
@@ -173,7 +183,7 @@ def _calibration_tokens(folder: ModelFolder, config: QuantizeConfig, progress: P
 
 def _check_tokens(tokens: Tensor, folder: ModelFolder) -> None:
     vocabulary = folder.config.vocab_size
-    good = tokens.dim() == 2 and tokens.dtype == torch.int64 and tokens.numel() > 0 and 0 <= int(tokens.min()) and int(tokens.max()) < vocabulary
+    good = tokens.dim() == 2 and tokens.dtype == torch.int64 and tokens.numel() > 0 and int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary
     require(good, "quantize", "tokens", f"int64 [samples, length] of ids below {vocabulary}", f"{tokens.dtype} {tuple(tokens.shape)}")
 
 

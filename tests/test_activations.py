@@ -1,8 +1,8 @@
 import pytest
 import torch
+from conftest import make_model
 from torch import nn
 
-from conftest import make_model
 from normtweak import models
 from normtweak.activations import BlockCalls, Stream, compute_dtype, embed_all
 

@@ -20,7 +20,9 @@ SMALL = ["--calibration", "random", "--samples", "4", "--length", "24"]
 
 def normtweak(*args, **kwargs):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    return subprocess.run([sys.executable, "-m", "normtweak", *map(str, args)], capture_output=True, text=True, env=environment, timeout=300, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-m", "normtweak", *map(str, args)], capture_output=True, text=True, env=environment, timeout=300, **kwargs
+    )
 
 
 def in_process(*args):

@@ -24,7 +24,9 @@ def test_masked_tokens_do_not_count(name):
     spoilt = output.clone()
     spoilt[:, 0] = 1e4
     assert losses.find(name)(output, target, mask).item() == losses.find(name)(spoilt, target, mask).item()
-    assert losses.find(name)(output[:, 1:], target[:, 1:], mask[:, 1:]).item() == pytest.approx(losses.find(name)(output, target, mask).item(), rel=1e-5)
+    assert losses.find(name)(output[:, 1:], target[:, 1:], mask[:, 1:]).item() == pytest.approx(
+        losses.find(name)(output, target, mask).item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,9 +3,9 @@ import sys
 
 import pytest
 import torch
+from conftest import make_model
 
 import normtweak
-from conftest import make_model
 from normtweak import models
 
 
@@ -83,7 +83,9 @@ def test_no_recognisable_blocks(tmp_path):
 
     model = Blockless()
     model.layers = nn.ModuleList([nn.ReLU(), nn.ReLU()])
-    with pytest.raises(ValueError, match="model: blockless must be a decoder whose blocks are an nn.ModuleList with nn.Linear inside, got no such list"):
+    with pytest.raises(
+        ValueError, match="model: blockless must be a decoder whose blocks are an nn.ModuleList with nn.Linear inside, got no such list"
+    ):
         models.block_path(model)
 
 

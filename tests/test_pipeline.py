@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
+from conftest import make_model
 from safetensors.torch import load_file, save_file
 
 import normtweak
-from conftest import make_model
 from normtweak import QuantizeConfig, models
 from normtweak.linear import PackedLinear
 from normtweak_kernels import packing
@@ -128,7 +128,14 @@ def test_the_folder_holds_what_others_need(small_model, tmp_path):
     run(small_model, tmp_path / "out", bits=2, group_size=32)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     quantization = config["quantization_config"]
-    assert {"quant_method": "gptq", "bits": 2, "group_size": 32, "sym": True, "desc_act": False, "checkpoint_format": "gptq"}.items() <= quantization.items()
+    assert {
+        "quant_method": "gptq",
+        "bits": 2,
+        "group_size": 32,
+        "sym": True,
+        "desc_act": False,
+        "checkpoint_format": "gptq",
+    }.items() <= quantization.items()
     assert json.loads((tmp_path / "out" / "quantize_config.json").read_text()) == quantization
     recipe = json.loads((tmp_path / "out" / "normtweak.json").read_text())
     assert QuantizeConfig.from_dict(recipe["config"]).bits == 2
@@ -262,7 +269,9 @@ def test_calibration_text_too_short(small_model, tmp_path):
     text.write_text("too short")
     calibration = CALIBRATION | {"source": str(text)}
     refuse(small_model, tmp_path / "out", r"text.txt must be at least samples x length = 144 tokens long, got 9 tokens", calibration=calibration)
-    refuse(small_model, tmp_path / "out", "source must be generated, random or a text file, got nowhere", calibration=CALIBRATION | {"source": "nowhere"})
+    refuse(
+        small_model, tmp_path / "out", "source must be generated, random or a text file, got nowhere", calibration=CALIBRATION | {"source": "nowhere"}
+    )
 
 
 def test_a_packed_model_is_not_quantized_again(small_model, tmp_path):

@@ -12,9 +12,7 @@ from ..config import CalibrationConfig
 from ..progress import Progress
 
 
-def token_ids(
-    config: CalibrationConfig, tokenizer: Any, load_model: Callable[[], Any], vocabulary: int, seed: int, progress: Progress
-) -> Tensor:
+def token_ids(config: CalibrationConfig, tokenizer: Any, load_model: Callable[[], Any], vocabulary: int, seed: int, progress: Progress) -> Tensor:
     """Token ids int64 [samples, length] from the configured source. `load_model` is called only when the model has to write.
 
     Raises ValueError for a file that is missing or too short.

@@ -32,7 +32,7 @@ class NormTweakQuantizer(HfQuantizer):
         return _THEIRS(quantization_config, **kwargs)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        config = self.quantization_config
+        config: Any = self.quantization_config
         blocks = model.get_submodule(block_path(model))
         for name, linear in quantizable_linears(blocks).items():
             replace(blocks, name, _StoredLinear(linear, config.bits, config.group_size))

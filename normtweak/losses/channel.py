@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from normtweak_kernels import ChannelStatistics, channel_loss
 from torch import Tensor
+
+from normtweak_kernels import ChannelStatistics, channel_loss
 
 
 def _statistics(target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from normtweak_kernels import QuantizedWeight
 from torch import nn
+
+from normtweak_kernels import QuantizedWeight
 
 from ..config import QuantizeConfig
 

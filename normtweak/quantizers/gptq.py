@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 
 import torch
-from normtweak_kernels import QuantizedWeight, gptq_block_update, group_params
 from torch import Tensor, nn
+
+from normtweak_kernels import QuantizedWeight, gptq_block_update, group_params
 
 from ..config import QuantizeConfig
 
@@ -115,7 +116,11 @@ class Solver:
         group_size = k if config.group_size == -1 else config.group_size
         # Static groups: grids are found on the weights as they are, in their own order, so that a checkpoint needs no g_idx.
         scales, zeros = group_params(
-            weight, bits=config.bits, group_size=group_size, symmetric=config.symmetric, clip_steps=config.clip_steps,
+            weight,
+            bits=config.bits,
+            group_size=group_size,
+            symmetric=config.symmetric,
+            clip_steps=config.clip_steps,
             importance=self.importance,
         )
         group_index = (self.order // group_size).to(torch.int32)
@@ -123,7 +128,9 @@ class Solver:
         codes = torch.empty(n, k, dtype=torch.uint8)
         for start in range(0, k, config.block_size):
             stop = min(start + config.block_size, k)
-            gptq_block_update(work, self.hinv, codes, scales, zeros, start, stop, bits=config.bits, group_index=group_index, symmetric=config.symmetric)
+            gptq_block_update(
+                work, self.hinv, codes, scales, zeros, start, stop, bits=config.bits, group_index=group_index, symmetric=config.symmetric
+            )
         codes[:, self.order] = codes.clone()
         return QuantizedWeight(codes, scales.half(), None if config.symmetric else zeros, config.bits)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from normtweak_kernels import QuantizedWeight, affine, group_params
 from torch import nn
+
+from normtweak_kernels import QuantizedWeight, affine, group_params
 
 from ..config import QuantizeConfig
 
