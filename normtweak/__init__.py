@@ -2,7 +2,7 @@
 
 from .config import CalibrationConfig, QuantizeConfig, TweakConfig
 from .linear import PackedLinear
-from .models import load
+from .models import load, load_tokenizer
 from .pipeline import Report, quantize
 
-__all__ = ["CalibrationConfig", "PackedLinear", "QuantizeConfig", "Report", "TweakConfig", "load", "quantize"]
+__all__ = ["CalibrationConfig", "PackedLinear", "QuantizeConfig", "Report", "TweakConfig", "load", "load_tokenizer", "quantize"]

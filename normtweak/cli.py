@@ -115,7 +115,7 @@ def evaluate(
     from .evaluate import PYTHON_DOCS, read_text, score, text_windows
 
     texts = {name: read_text(name) for name in text or [PYTHON_DOCS]}
-    tokenizer = models.ModelFolder(models.resolve(model)).tokenizer
+    tokenizer = models.load_tokenizer(model)
     chosen = {name: text_windows(tokenizer, content, windows, length) for name, content in texts.items()}
     precision = compute_dtype(dtype)
     loaded = models.load(model)
@@ -144,7 +144,7 @@ def generate(
     from . import models
     from .text import continue_text
 
-    tokenizer = models.ModelFolder(models.resolve(model)).tokenizer
+    tokenizer = models.load_tokenizer(model)
     result = continue_text(models.load(model), tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed)
     console.print(prompt, style="bold", end="", markup=False, highlight=False)
     console.print(result.text, markup=False, highlight=False)

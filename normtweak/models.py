@@ -251,6 +251,11 @@ def load(model: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", de
     return loaded.to(device=device, dtype=dtype).eval()
 
 
+def load_tokenizer(model: str | os.PathLike[str]) -> Any:
+    """The tokenizer of MODEL (see `resolve`)."""
+    return ModelFolder(resolve(model)).tokenizer
+
+
 def fill_packed(model: Any, folder: ModelFolder) -> None:
     """Give a skeleton a GPTQ checkpoint's weights: packed linears where it has codes, the rest as stored."""
     settings: dict[str, Any] = folder.quantization or {}

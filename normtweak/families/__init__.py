@@ -9,13 +9,11 @@ from dataclasses import dataclass
 class Family:
     """Where a family keeps its parts.
 
-    model_types: `config.model_type` values. blocks: path of the `nn.ModuleList` of decoder blocks. norms: for each norm of a block, the linears that
-    it feeds, as paths inside the block.
+    model_types: `config.model_type` values. blocks: path of the `nn.ModuleList` of decoder blocks.
     """
 
     model_types: tuple[str, ...]
     blocks: str
-    norms: dict[str, tuple[str, ...]]
 
 
 def find(model_type: str) -> Family | None:

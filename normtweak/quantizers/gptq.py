@@ -105,7 +105,7 @@ class Solver:
         self.importance = diagonal / diagonal.mean()
         self.dead = diagonal == 0
         hessian = hessian + torch.diag(self.dead.to(hessian.dtype))
-        self.order = torch.argsort(diagonal, descending=True, stable=True) if config.act_order else torch.arange(len(diagonal))
+        self.order = torch.argsort(diagonal, descending=True, stable=True) if config.act_order else torch.arange(len(diagonal), device=diagonal.device)
         self.hinv = inverse_factor(hessian[self.order][:, self.order], config.damp_percent, name)
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
@@ -125,7 +125,7 @@ class Solver:
         )
         group_index = (self.order // group_size).to(torch.int32)
         work = weight[:, self.order].contiguous()
-        codes = torch.empty(n, k, dtype=torch.uint8)
+        codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
         for start in range(0, k, config.block_size):
             stop = min(start + config.block_size, k)
             gptq_block_update(
@@ -141,13 +141,13 @@ def inverse_factor(hessian: Tensor, damp_percent: float, name: str) -> Tensor:
     From one Cholesky factor of the flipped Hessian and one triangular inverse: with J the flip, J H J = L L^T gives U = J L^-1 J.
     When the factorisation fails the damping is raised tenfold and a warning says so. Raises ValueError when damping 1.0 doesn't help.
     """
-    k = hessian.shape[0]
+    identity = torch.eye(hessian.shape[0], device=hessian.device)
     mean = hessian.diagonal().mean()
     while damp_percent <= 1.0:
-        damped = hessian + torch.eye(k) * (damp_percent * mean)
+        damped = hessian + identity * (damp_percent * mean)
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if info.item() == 0:
-            inverse = torch.linalg.solve_triangular(lower, torch.eye(k), upper=False)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
             if torch.isfinite(inverse).all():
                 return inverse.flip(0, 1).contiguous()
         logger.warning("gptq: the Hessian of %s is not positive definite with damping %g; trying %g", name, damp_percent, damp_percent * 10)
