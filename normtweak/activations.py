@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .config import require
+
 
 class BlockCalls:
-    """The keyword arguments (masks, positions, rotary embeddings) that a model gives each block, for one batch shape.
+    """The arguments (masks, positions, rotary embeddings) that a model gives each block beside the hidden states, for each batch size.
 
     Found by running the model's own forward with every block replaced by one that hands its input on: nothing is computed but the embeddings and
     the arguments, and whatever the family does between blocks is done by the family's own code.
@@ -19,49 +21,73 @@ class BlockCalls:
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList) -> None:
         self._model, self._blocks = model, blocks
-        self._kwargs: dict[int, list[dict[str, Any]]] = {}
+        self._calls: dict[int, list[Call]] = {}
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L] -> what the first block is given, float32 [B, L, H]; notes the arguments for batches of B.
 
-        Raises ValueError when the model doesn't call each block once.
+        Raises ValueError when the model doesn't call each block once, or gives a block arguments that depend on the tokens.
         """
         # A model takes a block's output as it is, or as the first of a tuple. Taking the first of a tensor, it loses the batch dimension.
         try:
-            inputs, kwargs = self._record(tokens, as_tuple=False)
+            hidden, calls = self._record(tokens, as_tuple=False)
         except _TupleWanted:
-            inputs, kwargs = self._record(tokens, as_tuple=True)
-        if len(inputs) != len(self._blocks):
-            raise ValueError(f"activations: the model must call each of its {len(self._blocks)} blocks once, got {len(inputs)} calls")
-        self._kwargs[len(tokens)] = kwargs
-        return inputs[0].float()
+            hidden, calls = self._record(tokens, as_tuple=True)
+        if len(calls) != len(self._blocks):
+            raise ValueError(f"activations: the model must call each of its {len(self._blocks)} blocks once, got {len(calls)} calls")
+        known = self._calls.setdefault(len(tokens), calls)
+        if not _equal(known, calls):
+            raise ValueError("activations: a block's arguments must not depend on the tokens, got some that do")
+        return hidden.float()
 
-    def _record(self, tokens: Tensor, as_tuple: bool) -> tuple[list[Tensor], list[dict[str, Any]]]:
-        inputs: list[Tensor] = []
-        kwargs: list[dict[str, Any]] = []
+    def _record(self, tokens: Tensor, as_tuple: bool) -> tuple[Tensor, list[Call]]:
+        first: list[Tensor] = []
+        calls: list[Call] = []
 
         def stand_in(hidden: Tensor, *args: Any, **named: Any) -> Any:
-            if args:
-                raise ValueError(f"activations: blocks must be given keyword arguments after the first, got {len(args)} positional ones")
-            if inputs and hidden.dim() < inputs[0].dim() and not as_tuple:
+            if first and hidden.dim() < first[0].dim() and not as_tuple:
                 raise _TupleWanted
-            inputs.append(hidden)
-            kwargs.append(named)
+            first.append(hidden)
+            calls.append((args, named))
+            if len(calls) == len(self._blocks):
+                raise _LastBlock  # what follows, final norm and output head, isn't needed and may not be loaded
             return (hidden,) if as_tuple else hidden
 
         for block in self._blocks:
             block.forward = stand_in
         try:
             self._model(input_ids=tokens, use_cache=False)
+        except _LastBlock:
+            pass
         finally:
             for block in self._blocks:
                 del block.forward
-        return inputs, kwargs
+        if not first:
+            raise ValueError(f"activations: the model must call each of its {len(self._blocks)} blocks once, got 0 calls")
+        return first[0], calls
 
-    def of(self, index: int, batch: int) -> dict[str, Any]:
+    def of(self, index: int, batch: int) -> Call:
         """The arguments of block `index` for a batch of `batch` sequences, seen by `embed` before."""
-        return self._kwargs[batch][index]
+        return self._calls[batch][index]
+
+
+# Positional arguments after the hidden states, and named ones.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return type(a) is type(b)
+
+
+class _LastBlock(Exception):
+    """Every block's arguments are known."""
 
 
 class _TupleWanted(Exception):
@@ -84,7 +110,8 @@ class Stream:
         """Output [B, L, H] float32 of a block for some of the sequences; differentiable in the block's parameters."""
         hidden = self.hidden[rows]
         with computing(hidden.device.type, self.compute_dtype):
-            output = block(hidden, **self._calls.of(index, len(hidden)))
+            args, named = self._calls.of(index, len(hidden))
+            output = block(hidden, *args, **named)
         return (output[0] if isinstance(output, tuple) else output).float()
 
     @torch.no_grad()
@@ -106,17 +133,16 @@ def computing(device: str, dtype: torch.dtype) -> Iterator[None]:
 
 def compute_dtype(name: str) -> torch.dtype:
     """The dtype that "auto", "float32" or "bfloat16" stands for here: auto is bfloat16 where the processor multiplies it natively."""
+    require(name in ("auto", "float32", "bfloat16"), "compute_dtype", "name", "auto, float32 or bfloat16", name)
     if name == "auto":
         native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if native else torch.float32
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
-def embed_all(calls: BlockCalls, tokens: Tensor, batch_sizes: tuple[int, ...]) -> Tensor:
-    """The first block's input for token ids [S, L], with the arguments noted for every batch size that a run will use."""
-    samples = len(tokens)
-    sizes = {size for batch in batch_sizes for size in (min(batch, samples), samples % min(batch, samples)) if size}
-    for size in sizes:
-        calls.embed(tokens[:size])
-    step = min(batch_sizes[0], samples)
-    return torch.cat([calls.embed(tokens[start : start + step]) for start in range(0, samples, step)])
+def embed_all(calls: BlockCalls, tokens: Tensor, batch_size: int, also: Iterable[int] = ()) -> Tensor:
+    """The first block's input for token ids [S, L], taken in batches; the blocks' arguments are noted for batches of `also` sequences too."""
+    for size in also:
+        if size <= len(tokens):
+            calls.embed(tokens[:size])
+    return torch.cat([calls.embed(batch) for batch in tokens.split(batch_size)])

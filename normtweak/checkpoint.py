@@ -54,7 +54,10 @@ class WeightFiles:
     def _file_names(self) -> list[str]:
         index = self.folder / INDEX
         if index.is_file():
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                return sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"checkpoint: {index} must be JSON with a weight_map, got {type(error).__name__}: {error}") from error
         names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         others = sorted(path.name for path in self.folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
         hint = f" (found {others[0]}; name a GGUF file as FOLDER:FILE.gguf, convert pickled weights to safetensors)" if others else ""
@@ -118,17 +121,23 @@ class CheckpointWriter:
 
     def __init__(self, out: Path, shards: int) -> None:
         check_out_folder(out)
-        self.out, self.shards = out.absolute(), shards
+        self.out, self.shards = out.resolve(), shards
         self.partial = self.out.parent / f".{self.out.name}.partial"
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
-        self._lock: int | None = None
+        self._whole = False
 
     def __enter__(self) -> CheckpointWriter:
-        self.partial.mkdir(exist_ok=True)
-        self._lock = os.open(self.partial, os.O_RDONLY)
+        try:
+            self.partial.mkdir(exist_ok=True)
+            self._lock = os.open(self.partial, os.O_RDONLY)
+        except OSError as error:
+            raise ValueError(f"quantize: out must be in a folder that can be written, got {self.out} ({error.strerror})") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # a run that ended between the two lines above took the folder that is locked here away with it
+            if not self.partial.exists() or os.fstat(self._lock).st_ino != self.partial.stat().st_ino:
+                raise BlockingIOError
         except BlockingIOError:
             os.close(self._lock)
             raise ValueError(f"quantize: out must be a folder that no other run is writing, got {self.out}") from None
@@ -136,14 +145,15 @@ class CheckpointWriter:
         if leftovers:
             logger.warning("removing %d files that an interrupted run left in %s", len(leftovers), self.partial)
             for path in leftovers:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         return self
 
     def __exit__(self, kind: object, value: object, trace: object) -> None:
-        if self.partial.exists():
+        if self._whole and self.partial.exists():
+            logger.error("the checkpoint is whole but could not be moved to %s; it is kept as %s", self.out, self.partial)
+        elif self.partial.exists():
             shutil.rmtree(self.partial)
-        if self._lock is not None:
-            os.close(self._lock)
+        os.close(self._lock)
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write shard `number` (from 0) at once, whole or not at all."""
@@ -161,17 +171,23 @@ class CheckpointWriter:
     def finish(self) -> None:
         """Write the index and move the folder to its place."""
         self.write_json(INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))})
-        for path in self.partial.iterdir():
+        for path in self.partial.rglob("*"):
             _sync(path)
         _sync(self.partial)
+        self._whole = True
         check_out_folder(self.out)
         self.partial.rename(self.out)
         _sync(self.out.parent)
 
 
+def check_parent(file: Path) -> None:
+    """Raise ValueError unless the folder that a file goes to exists."""
+    require(file.absolute().parent.is_dir(), "checkpoint", str(file), "in a folder that exists", "none")
+
+
 def write_json(file: Path, data: Any) -> None:
     """Write a JSON file whole or not at all."""
-    require(file.absolute().parent.is_dir(), "checkpoint", str(file), "in a folder that exists", "none")
+    check_parent(file)
     with _beside(file) as path:
         path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
 

@@ -65,27 +65,32 @@ class TerminalProgress:
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="New folder for the packed checkpoint.", show_default=False)],
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale (32, 64, 128, ...), or -1: one scale per output row.")] = -1,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.", show_default="4")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale (32, 64, 128, ...), or -1: one scale per output row.", show_default="-1")
+    ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store zero points; worth it at 2 bits.")] = False,
-    method: Annotated[str, typer.Option(help="gptq or rtn.")] = "gptq",
+    method: Annotated[str | None, typer.Option(help="gptq or rtn.", show_default="gptq")] = None,
     preset: Annotated[str, typer.Option(help="default (best measured recipe) or paper (Algorithm 1 to the letter).")] = "default",
     no_tweak: Annotated[bool, typer.Option("--no-tweak", help="Leave the norms as they are.")] = False,
-    calibration: Annotated[str, typer.Option(help="generated (by the model itself), random, or a UTF-8 text FILE.txt.")] = "generated",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
-    length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
-    seed: Annotated[int, typer.Option(help="The same seed writes the same bytes.")] = 0,
-    config: Annotated[
-        Path | None, typer.Option(help="JSON file of further QuantizeConfig settings; the options above win.", show_default=False)
+    calibration: Annotated[
+        str | None, typer.Option(help="generated (by the model itself), random, or a UTF-8 text FILE.txt.", show_default="generated")
     ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed writes the same bytes.", show_default="0")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON file of QuantizeConfig settings; options given here win.", show_default=False)] = None,
 ) -> None:
     """Quantize MODEL block by block, tweak each block's norms, write a packed checkpoint (GPTQ v1 layout)."""
     from . import pipeline
     from .config import QuantizeConfig
 
     settings = _read_settings(config)
-    settings |= {"bits": bits, "group_size": group_size, "symmetric": not asymmetric, "method": method, "seed": seed}
-    settings["calibration"] = settings.get("calibration", {}) | {"source": calibration, "samples": samples, "length": length}
+    given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "method": method, "seed": seed}
+    settings |= {key: value for key, value in given.items() if value is not None}
+    text = {key: value for key, value in {"source": calibration, "samples": samples, "length": length}.items() if value is not None}
+    if text:
+        settings["calibration"] = {**settings["calibration"], **text} if isinstance(settings.get("calibration"), dict) else text
     if no_tweak:
         settings["tweak"] = None
     report = pipeline.quantize(model, out=out, config=QuantizeConfig.preset(preset, **settings), progress=TerminalProgress())
@@ -111,13 +116,19 @@ def evaluate(
     """Perplexity of MODEL, and how far it is from the float model."""
     from . import models
     from .activations import compute_dtype
-    from .checkpoint import write_json
+    from .checkpoint import check_parent, write_json
     from .evaluate import PYTHON_DOCS, read_text, score, text_windows
 
-    texts = {name: read_text(name) for name in text or [PYTHON_DOCS]}
-    tokenizer = models.load_tokenizer(model)
-    chosen = {name: text_windows(tokenizer, content, windows, length) for name, content in texts.items()}
     precision = compute_dtype(dtype)
+    if json_file is not None:
+        check_parent(json_file)
+    texts = {name: read_text(name) for name in text or [PYTHON_DOCS]}
+    folder = models.ModelFolder(models.resolve(model))
+    folder.check_length("eval", length)
+    if against is not None:
+        folder.check_same_vocabulary("eval", models.ModelFolder(models.resolve(against)))
+    tokenizer = folder.tokenizer
+    chosen = {name: text_windows(tokenizer, content, windows, length) for name, content in texts.items()}
     loaded = models.load(model)
     reference = None if against is None else models.load(against)
     table = Table("text", "perplexity", "KL to float", "top-1 agreement")
@@ -142,8 +153,9 @@ def generate(
 ) -> None:
     """Continue a text with MODEL."""
     from . import models
-    from .text import continue_text
+    from .text import check_prompt, continue_text
 
+    check_prompt(prompt)
     tokenizer = models.load_tokenizer(model)
     result = continue_text(models.load(model), tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed)
     console.print(prompt, style="bold", end="", markup=False, highlight=False)
@@ -184,8 +196,8 @@ def _read_settings(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError:
-        raise ValueError(f"quantize: config must be a JSON file, got {path}, which doesn't exist") from None
+    except OSError as error:
+        raise ValueError(f"quantize: config must be a JSON file, got {path} ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"quantize: config must be a JSON file, got {path}: {error}") from error
     if not isinstance(settings, dict):
@@ -198,13 +210,10 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def main() -> None:
-    """Entry point: bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130."""
+    """Entry point: bad input is one line on stderr and exit code 2; Ctrl-C ends with typer's "Aborted" and exit code 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_time=False, show_path=False)])
     try:
-        app(standalone_mode=True)
+        app()
     except ValueError as error:
         errors.print(f"normtweak: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("normtweak: interrupted, nothing was written", highlight=False)
-        sys.exit(130)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ class CalibrationConfig:
     """The text that the quantizer and the tweak see.
 
     source: "generated" (the model writes it itself), "random" (uniform token ids) or the path of a text file.
-    samples, length: number of sequences and tokens in each. batch_size: sequences generated, or run through a block, at once.
+    samples, length: number of sequences and tokens in each. batch_size: sequences run through a block at once.
     greedy_tokens: how many tokens after the first are the likeliest ones, before sampling at temperature 1 begins (LLM-QAT,
     arXiv 2305.17888, section 3.1).
     """
@@ -50,7 +51,7 @@ class CalibrationConfig:
 class TweakConfig:
     """How the norm parameters of each block are tweaked (Norm Tweaking, arXiv 2309.02784, Algorithm 1).
 
-    loss: a file's entry in `losses/`: "channel" (eq. 2), "channel_squared", "channel_mse", "token_mse", "mse" or "kl".
+    loss: a file's entry in `losses/`: "channel" (eq. 2), "channel_squared", "token_mse", "mse" or "kl".
     target_stream: what the float block is fed to get the target: "quantized" (Algorithm 1: the tweaked quantized output of the block before) or
     "float" (the float model's own activations).
     step: "relative" (gain = gain0 * (1 + delta), Adam moves delta) or "absolute" (Adam moves the parameter).
@@ -58,6 +59,8 @@ class TweakConfig:
     schedule: how the rate goes on within a block: "constant", or "linear" down to 0.
     iterations: passes over the calibration text. batch_size: sequences a step.
     skip_first_token: leave position 0, where models keep a massive activation, out of the loss.
+    held_out: share of the sequences (at least one of two or more, if above 0) that is not trained on; the loss that is reported is theirs.
+    reject_worse: put a block's norms back when that loss didn't fall.
     """
 
     loss: str = "token_mse"
@@ -69,15 +72,18 @@ class TweakConfig:
     iterations: int = 1
     batch_size: int = 2
     skip_first_token: bool = True
+    held_out: float = 0.125
+    reject_worse: bool = True
 
     def __post_init__(self) -> None:
         where = "TweakConfig"
-        _one_of(where, "loss", self.loss, ("channel", "channel_squared", "channel_mse", "token_mse", "mse", "kl"))
+        _one_of(where, "loss", self.loss, ("channel", "channel_squared", "token_mse", "mse", "kl"))
         _one_of(where, "target_stream", self.target_stream, ("float", "quantized"))
         _one_of(where, "step", self.step, ("relative", "absolute"))
         require(0 < self.learning_rate < 1, where, "learning_rate", "between 0 and 1", self.learning_rate)
         require(self.depth_scale >= 0, where, "depth_scale", "0 or more", self.depth_scale)
         _one_of(where, "schedule", self.schedule, ("constant", "linear"))
+        require(0 <= self.held_out <= 0.5, where, "held_out", "0 to 0.5", self.held_out)
         require(self.iterations >= 1, where, "iterations", "1 or more", self.iterations)
         require(self.batch_size >= 1, where, "batch_size", "1 or more", self.batch_size)
 
@@ -119,13 +125,15 @@ class QuantizeConfig:
 
     @classmethod
     def preset(cls, name: str = "default", **settings: Any) -> QuantizeConfig:
-        """A preset with some settings replaced: `QuantizeConfig.preset("paper", bits=2, group_size=64)`.
+        """A preset with some settings replaced: `QuantizeConfig.preset("paper", bits=2, group_size=64, tweak={"iterations": 2})`.
 
         "default" is the best recipe measured on a real model; "paper" is Algorithm 1 to the letter. Raises ValueError for other names or settings.
         """
         _one_of("QuantizeConfig", "preset", name, tuple(TWEAK_PRESETS))
-        if "tweak" not in settings:
-            settings["tweak"] = TWEAK_PRESETS[name](settings.get("bits", cls.bits))
+        tweak = settings.get("tweak", {})
+        if isinstance(tweak, dict):
+            bits = settings.get("bits", cls.bits)
+            settings["tweak"] = dataclasses.asdict(TWEAK_PRESETS[name](bits)) | tweak
         return cls.from_dict(settings)
 
     @classmethod
@@ -158,6 +166,8 @@ def _paper_tweak(bits: int) -> TweakConfig:
         schedule="constant",
         iterations=1,
         skip_first_token=False,
+        held_out=0.0,
+        reject_worse=False,
     )
 
 
@@ -195,4 +205,7 @@ def check_out_folder(out: Path) -> None:
     require(
         not out.exists() or (out.is_dir() and not any(out.iterdir())), "quantize", "out", "a new or empty folder", f"{out}, which holds something"
     )
-    require(out.absolute().parent.is_dir(), "quantize", "out", "in a folder that exists", out)
+    out = out.resolve()
+    require(out.parent.is_dir(), "quantize", "out", "in a folder that exists", out)
+    # the finished folder is renamed to its place, which no mount point can be
+    require(not os.path.ismount(out), "quantize", "out", "a folder inside a mounted one", f"{out}, which is a mount point")

@@ -14,6 +14,8 @@ Only one block's weights are in memory: `open_block` reads them when its turn co
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,10 +30,12 @@ from .config import QuantizeConfig, TweakConfig
 from .linear import PackedLinear, quantizable_linears, replace
 from .progress import Progress
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What happened to one block. loss_before, loss_after: the tweak's loss over the calibration text (None without a tweak)."""
+    """What happened to one block. loss_before, loss_after: the tweak's loss on held-out calibration text (None without a tweak)."""
 
     index: int
     seconds: float
@@ -50,13 +54,12 @@ def quantize_blocks(
     close_block: Callable[[int, nn.Module], None],
     stream: Stream | None,
     config: QuantizeConfig,
-    stored_dtype: torch.dtype,
     progress: Progress,
 ) -> list[BlockReport]:
     """Quantize and tweak `count` blocks in order.
 
     open_block(l): block l with its float weights. close_block(l, block): called when block l is final, its linears packed.
-    stream: what the first block is given (None when the configuration looks at no text). stored_dtype: what tweaked norms are rounded to.
+    stream: what the first block is given (None when the configuration looks at no text).
     Raises ValueError, naming it, for a block without linears or norms.
     """
     quantizer = quantizers.find(config.method)
@@ -90,18 +93,12 @@ def quantize_blocks(
                 replace(block, name, PackedLinear(weight, linears[name].bias))
             block.requires_grad_(False)
 
-            # 11-16: tweak
+            # 11-16: tweak; 17: the tweaked quantized output goes on
             before = after = None
-            if tweak and stream is not None and target is not None:
-                before = mean_loss(block, index, stream, target, tweak)
-                tweak_block(block, index, count, stream, target, tweak, stored_dtype, config.seed)
-
-            # 17: the tweaked quantized output goes on
             if stream is not None:
-                output = stream.through(block, index)
                 if tweak and target is not None:
-                    after = loss_between(output, target, tweak, stream.batch_size)
-                stream = stream.moved(output)
+                    before, after = tweak_block(block, index, count, stream, target, tweak, config.seed)
+                stream = stream.moved(stream.through(block, index))
             close_block(index, block)
             reports.append(BlockReport(index, time.perf_counter() - began, before, after))
             advance(str(reports[-1]))
@@ -119,32 +116,52 @@ def pass_through(block: nn.Module, index: int, stream: Stream | None, seen: list
     return run
 
 
-def tweak_block(
-    block: nn.Module, index: int, count: int, stream: Stream, target: Tensor, config: TweakConfig, stored_dtype: torch.dtype, seed: int
-) -> None:
+def tweak_block(block: nn.Module, index: int, count: int, stream: Stream, target: Tensor, config: TweakConfig, seed: int) -> tuple[float, float]:
     """Lines 11-16: Adam on the norm parameters of a frozen block, which are replaced by what it found.
 
-    target: float output [S, L, H]. The masters are float32; what stays is rounded to stored_dtype, so that the next block is given what will be served.
+    target: float output [S, L, H]. The masters are float32. Returns the loss on the held-out sequences (all, when none is held out) before and after.
+    Raises ValueError when the loss isn't finite.
     """
     parameters = norms.norm_parameters(block, relative=config.step == "relative")
     loss_of = losses.find(config.loss)
     rate = config.learning_rate * (1 + config.depth_scale * index / count)  # eq. 3
     adam = torch.optim.Adam([p.master for p in parameters], lr=rate)
-    steps = config.iterations * -(-len(target) // config.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1.0 if config.schedule == "constant" else 1.0 - step / steps)
     order = torch.Generator().manual_seed(seed + index)
+    trained, held_out = split_rows(len(target), config.held_out)
+    before = mean_loss(block, index, stream, target, config, held_out)
+    steps = config.iterations * -(-len(trained) // config.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1.0 if config.schedule == "constant" else 1.0 - step / steps)
     for _ in range(config.iterations):
-        for rows in torch.randperm(len(target), generator=order).split(config.batch_size):
-            values = {p.name: p.value() for p in parameters}
-            output = stream.call(with_parameters(block, values), index, rows)
+        for rows in trained[torch.randperm(len(trained), generator=order)].split(config.batch_size):
+            output = stream.call(with_parameters(block, {p.name: p.value() for p in parameters}), index, rows)
             loss = loss_of(output, target[rows], token_mask(target[rows], config))
             adam.zero_grad()
             loss.backward()
             adam.step()
             schedule.step()
-    with torch.no_grad():
-        for parameter in parameters:
-            block.get_parameter(parameter.name).copy_(parameter.value().to(stored_dtype))
+    start = {p.name: block.get_parameter(p.name).clone() for p in parameters}
+    _assign(block, {p.name: p.value() for p in parameters})
+    after = mean_loss(block, index, stream, target, config, held_out)
+    if not math.isfinite(after):
+        raise ValueError(f"tweak: the loss of block {index} must stay finite (try a smaller learning_rate), got {after}")
+    if config.reject_worse and after >= before:
+        _assign(block, start)
+        logger.info("block %d: the tweak raised the held-out loss from %.4g to %.4g; its norms are left as they were", index, before, after)
+        after = before
+    return before, after
+
+
+@torch.no_grad()
+def _assign(block: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        block.get_parameter(name).copy_(value)
+
+
+def split_rows(count: int, held_out: float) -> tuple[Tensor, Tensor]:
+    """Which sequences the tweak is trained on, and which its loss is measured on: the last ones, or all when none is held out."""
+    rows = torch.arange(count)
+    kept_back = min(max(1, round(count * held_out)), count - 1) if held_out > 0 else 0
+    return (rows[:-kept_back], rows[-kept_back:]) if kept_back else (rows, rows)
 
 
 def with_parameters(block: nn.Module, values: dict[str, Tensor]) -> Callable[..., Any]:
@@ -160,14 +177,10 @@ def token_mask(target: Tensor, config: TweakConfig) -> Tensor:
     return mask
 
 
-def mean_loss(block: nn.Module, index: int, stream: Stream, target: Tensor, config: TweakConfig) -> float:
-    """The tweak's loss of a block as it is, over all sequences."""
-    return loss_between(stream.through(block, index), target, config, stream.batch_size)
-
-
 @torch.no_grad()
-def loss_between(output: Tensor, target: Tensor, config: TweakConfig, batch_size: int) -> float:
-    """The tweak's loss between two outputs [S, L, H], mean over batches."""
+def mean_loss(block: nn.Module, index: int, stream: Stream, target: Tensor, config: TweakConfig, rows: Tensor) -> float:
+    """The tweak's loss of a block as it is over some of the sequences, in batches of the tweak's own size."""
     loss_of = losses.find(config.loss)
-    values = [loss_of(o, t, token_mask(t, config)).item() for o, t in zip(output.split(batch_size), target.split(batch_size), strict=True)]
-    return sum(values) / len(values)
+    batches = rows.split(config.batch_size)
+    losses_of_batches = [loss_of(stream.call(block, index, b), target[b], token_mask(target[b], config)).item() for b in batches]
+    return sum(losses_of_batches) / len(batches)

@@ -71,10 +71,12 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"model: {name} must be a folder here or a model on the hub, got neither ({type(error).__name__}: {reason[:160]})"
-        ) from error
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise ValueError(f"model: {name} must be a folder here or a model on the hub, got neither ({reason})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def cache_folder() -> Path:
@@ -102,7 +104,7 @@ def _from_gguf(path: Path) -> Path:
                 model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
                 tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             except (ValueError, OSError, KeyError, IndexError, struct.error) as error:
-                raise ValueError(f"model: {path} must be a GGUF file that transformers reads, got {str(error).splitlines()[0][:200]}") from error
+                raise ValueError(f"model: {path} must be a GGUF file that transformers reads, got {_first_line(error)}") from error
             settings = model.config.to_dict()
             settings.pop("quantization_config", None)
             type(model.config).from_dict(settings).save_pretrained(partial)
@@ -145,12 +147,13 @@ class ModelFolder:
     @cached_property
     def config(self) -> Any:
         """The transformers configuration. Raises ValueError when there is none that transformers knows."""
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         try:
             return AutoConfig.from_pretrained(self.path)
-        except (ValueError, OSError, KeyError) as error:
-            raise ValueError(f"model: {self.path} must have a config.json that transformers knows, got {str(error).splitlines()[0][:200]}") from error
+        except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
+            raise ValueError(f"model: {self.path} must have a config.json that transformers knows, got {_first_line(error)}") from error
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -160,7 +163,7 @@ class ModelFolder:
         try:
             return AutoTokenizer.from_pretrained(self.path)
         except (ValueError, OSError, KeyError) as error:
-            raise ValueError(f"model: {self.path} must have a tokenizer, got {str(error).splitlines()[0][:200]}") from error
+            raise ValueError(f"model: {self.path} must have a tokenizer, got {_first_line(error)}") from error
 
     @cached_property
     def weights(self) -> WeightFiles:
@@ -187,11 +190,28 @@ class ModelFolder:
     def skeleton(self) -> Any:
         """The model with its parameters on the meta device and its buffers (rotary tables, masks) real."""
         from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+        known = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        require(known, "model", str(self.path), "a decoder (a causal language model)", f"model_type {self.config.model_type}")
         config = type(self.config).from_dict({k: v for k, v in self.config.to_dict().items() if k != "quantization_config"})
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config).eval()
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the language model, also where it is one part of several."""
+        return self.config.get_text_config()
+
+    def check_same_vocabulary(self, where: str, other: ModelFolder) -> None:
+        """Raise ValueError when another model's logits can't be compared with this one's."""
+        own, theirs = self.text_config.vocab_size, other.text_config.vocab_size
+        require(own == theirs, where, "against", f"a model with the same vocabulary of {own}", f"one of {theirs}")
+
+    def check_length(self, where: str, length: int) -> None:
+        """Raise ValueError when sequences are longer than the model has positions."""
+        limit = getattr(self.text_config, "max_position_embeddings", None)
+        require(limit is None or length <= limit, where, "length", f"at most the model's {limit} positions", length)
 
     def missing(self, skeleton: Any) -> list[str]:
         """Parameters of a skeleton that the weights lack."""
@@ -240,7 +260,10 @@ def load(model: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", de
         from transformers import AutoModelForCausalLM
 
         with quiet_transformers():
-            loaded = AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype)
+            result: Any = AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype, output_loading_info=True)
+        loaded, info = result
+        missing = sorted(set(info["missing_keys"]) - set(tied_names(loaded)))
+        require(not missing, "load", str(folder.path), "complete", f"no value for {', '.join(missing[:3])}")
     else:
         folder.weights.fill(loaded, skip=tied_names(loaded))
         loaded.tie_weights()
@@ -248,7 +271,10 @@ def load(model: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", de
         from transformers import GenerationConfig
 
         loaded.generation_config = GenerationConfig.from_pretrained(folder.path)
-    return loaded.to(device=device, dtype=dtype).eval()
+    # parameters alone: a rotary table in 16 bits would be another model at long contexts
+    for parameter in loaded.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return loaded.to(device).eval()
 
 
 def load_tokenizer(model: str | os.PathLike[str]) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .config import require
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -18,10 +20,14 @@ class Continuation:
     seconds: float
 
 
+def check_prompt(prompt: str) -> None:
+    """Raise ValueError for an empty prompt."""
+    require(bool(prompt), "generate", "prompt", "some text", "an empty one")
+
+
 def continue_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> Continuation:
     """Continue a prompt by transformers' generate, greedily or by sampling. Raises ValueError for an empty prompt."""
-    if not prompt:
-        raise ValueError("generate: prompt must be some text, got an empty one")
+    check_prompt(prompt)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     began = time.perf_counter()

@@ -27,11 +27,15 @@ def test_blocks_in_turn_give_what_the_model_gives(tmp_path, model_type, batch_si
     tokens = torch.randint(2, 90, (5, 24))
     with torch.no_grad():
         expected = model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states
-        stream = Stream(embed_all(calls := BlockCalls(model, blocks), tokens, (batch_size,)), calls, batch_size, torch.float32)
+        stream = Stream(embed_all(calls := BlockCalls(model, blocks), tokens, batch_size), calls, batch_size, torch.float32)
         torch.testing.assert_close(stream.hidden, expected[0])
-        for index, block in enumerate(blocks[:-1]):
+        last = []
+        handle = blocks[-1].register_forward_hook(lambda module, args, output: last.append(output[0] if isinstance(output, tuple) else output))
+        model(input_ids=tokens, use_cache=False)
+        handle.remove()
+        for index, block in enumerate(blocks):
             stream = stream.moved(stream.through(block, index))
-            torch.testing.assert_close(stream.hidden, expected[index + 1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(stream.hidden, [*expected[: len(blocks)], *last][index + 1], rtol=1e-4, atol=1e-4)
 
 
 class TupleModel(nn.Module):
@@ -58,7 +62,7 @@ def test_blocks_that_give_tuples():
     model = TupleModel()
     tokens = torch.randint(0, 10, (3, 5))
     calls = BlockCalls(model, model.blocks)
-    stream = Stream(embed_all(calls, tokens, (2,)), calls, 2, torch.float32)
+    stream = Stream(embed_all(calls, tokens, 2), calls, 2, torch.float32)
     for index, block in enumerate(model.blocks):
         stream = stream.moved(stream.through(block, index))
     torch.testing.assert_close(stream.hidden, model(tokens))
@@ -77,3 +81,41 @@ def test_compute_dtype():
     assert compute_dtype("float32") == torch.float32
     assert compute_dtype("bfloat16") == torch.bfloat16
     assert compute_dtype("auto") in (torch.float32, torch.bfloat16)
+    with pytest.raises(ValueError, match="compute_dtype: name must be auto, float32 or bfloat16, got fp32"):
+        compute_dtype("fp32")
+
+
+class PositionalModel(nn.Module):
+    """Blocks are given a positional argument, which depends on the tokens where `watching`."""
+
+    def __init__(self, watching):
+        super().__init__()
+        self.embed, self.watching = nn.Embedding(10, 4), watching
+        self.blocks = nn.ModuleList(PositionalBlock() for _ in range(2))
+
+    def forward(self, input_ids, use_cache=False):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x, self.embed(input_ids) if self.watching else torch.ones(4))
+        return x
+
+
+class PositionalBlock(nn.Module):
+    def forward(self, x, shift):
+        return x + shift
+
+
+def test_positional_arguments_are_repeated():
+    model = PositionalModel(watching=False)
+    tokens = torch.randint(0, 10, (4, 5))
+    calls = BlockCalls(model, model.blocks)
+    stream = Stream(embed_all(calls, tokens, 2), calls, 2, torch.float32)
+    for index, block in enumerate(model.blocks):
+        stream = stream.moved(stream.through(block, index))
+    torch.testing.assert_close(stream.hidden, model(tokens))
+
+
+def test_arguments_that_depend_on_the_tokens_are_refused():
+    model = PositionalModel(watching=True)
+    with pytest.raises(ValueError, match="activations: a block's arguments must not depend on the tokens"):
+        embed_all(BlockCalls(model, model.blocks), torch.arange(10).view(2, 5), 1)

@@ -7,10 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
+from conftest import make_model
 from rich.console import Console
 
 from normtweak import cli
@@ -102,10 +102,15 @@ def test_help_is_good_reading():
         (["quantize", "MODEL", "--out", "MODEL"], "out must be a new or empty folder"),
         (["quantize", "MODEL", "--out", "OUT", "--method", "magic"], "method must be one of gptq, rtn, got magic"),
         (["quantize", "MODEL", "--out", "OUT", "--preset", "best"], "preset must be one of default, paper, got best"),
-        (["quantize", "MODEL", "--out", "OUT", "--calibration", "none.txt"], "source must be generated, random or a text file"),
-        (["quantize", "MODEL", "--out", "OUT", "--config", "none.json"], "config must be a JSON file, got none.json, which doesn't exist"),
+        (["quantize", "MODEL", "--out", "OUT", "--calibration", "none.txt", "--length", "24"], "source must be generated, random or a text file"),
+        (["quantize", "MODEL", "--out", "OUT", "--config", "none.json"], "config must be a JSON file, got none.json (No such file"),
         (["eval", "MODEL", "--text", "none.txt"], "eval: text must be a text file"),
-        (["eval", "MODEL", "--windows", "0"], "eval: windows, length must be at least 1 and 2"),
+        (["quantize", "MODEL", "--out", "OUT"], "quantize: length must be at most the model's 128 positions, got 256"),
+        (["quantize", "MODEL", "--out", "OUT", "--config", "."], "config must be a JSON file, got . (Is a directory)"),
+        (["eval", "MODEL", "--length", "200"], "eval: length must be at most the model's 128 positions, got 200"),
+        (["eval", "MODEL", "--length", "20", "--json", "no/where.json"], "where.json must be in a folder that exists"),
+        (["eval", "MODEL", "--length", "20", "--dtype", "fp32"], "compute_dtype: name must be auto, float32 or bfloat16, got fp32"),
+        (["eval", "MODEL", "--windows", "0", "--length", "20"], "eval: windows, length must be at least 1 and 2"),
         (["generate", "MODEL", "--prompt", ""], "generate: prompt must be some text"),
         (["inspect", "./nowhere"], "model: ./nowhere must be a model folder"),
     ],
@@ -134,19 +139,37 @@ def test_unknown_key_in_a_config_file(small_model, tmp_path):
     assert "config must be a JSON file" in stderr
 
 
+def test_the_config_file_counts_unless_an_option_is_given(small_model, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"bits": 2, "group_size": 32, "symmetric": False, "calibration": {"source": "random", "samples": 3, "length": 20}}))
+    code, _, stderr = in_process("quantize", small_model, "--out", tmp_path / "out", "--config", file, "--bits", 3, "--samples", 2, "--no-tweak")
+    assert code == 0, stderr
+    recipe = json.loads((tmp_path / "out" / "normtweak.json").read_text())
+    config = recipe["config"]
+    assert (config["bits"], config["group_size"], config["symmetric"], config["tweak"]) == (3, 32, False, None)
+    assert recipe["calibration_tokens"] == 40
+    assert recipe["seconds"]["blocks"] > 0
+
+
+def test_models_of_different_vocabularies_are_not_compared(small_model, tmp_path):
+    other = make_model(tmp_path / "other", vocab_size=200)
+    code, _, stderr = in_process("eval", small_model, "--against", other, "--length", 20)
+    assert code == 2
+    assert "eval: against must be a model with the same vocabulary" in stderr
+
+
 def test_unknown_option():
     assert in_process("quantize", "--nonsense")[0] == 2
 
 
 def test_ctrl_c_leaves_no_folder(small_model, tmp_path):
     folder = shutil.copytree(small_model, tmp_path / "float")
-    command = [sys.executable, "-m", "normtweak", "quantize", str(folder), "--out", str(tmp_path / "out"), "--samples", "512", "--length", "120"]
+    command = [sys.executable, "-m", "normtweak", "quantize", str(folder), "--out", str(tmp_path / "out"), "--length", "120", "--samples", "256"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     for line in process.stdout:
-        if "generating" in line:
+        if "block 0" in line:
             break
-    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output

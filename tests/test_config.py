@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from normtweak import CalibrationConfig, QuantizeConfig, TweakConfig
@@ -34,6 +36,13 @@ def test_paper_preset_is_algorithm_1_to_the_letter():
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         QuantizeConfig.from_dict(settings)
+
+
+def test_a_preset_with_some_of_the_tweak_replaced():
+    paper = QuantizeConfig.preset("paper").tweak
+    assert QuantizeConfig.preset("paper", tweak={"iterations": 3}).tweak == dataclasses.replace(paper, iterations=3)
+    assert QuantizeConfig.preset("paper", tweak=None).tweak is None
+    assert QuantizeConfig.preset("default", bits=2).tweak.learning_rate > QuantizeConfig.preset("default", bits=4).tweak.learning_rate
 
 
 def test_unknown_preset():

@@ -1,5 +1,10 @@
 """The main job on the embedded SmolLM2-135M: what it must reach. Text: the Python language reference, every 8th of 40 windows of 512 tokens."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -60,9 +65,14 @@ def test_rtn_w4(quantized, folder, windows):
 
 
 def test_gptq_w4(quantized, folder, windows):
-    model, report = quantized("w4", W4, tweak=None)
-    assert perplexity(model, folder, windows) < 17
-    assert report.peak_memory < 1.6e9
+    assert perplexity(quantized("w4", W4, tweak=None)[0], folder, windows) < 17
+
+
+def test_peak_memory(tmp_path):
+    """In a process of its own: what an earlier run left with the allocator would hide what this one takes."""
+    command = [sys.executable, "-m", "normtweak", "quantize", models.EMBEDDED, "--out", str(tmp_path / "out")]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "500"}).stdout
+    assert float(re.search(r"peak memory ([\d.]+) GB", output).group(1)) < 1.6
 
 
 def test_gptq_w2(quantized, folder, windows):
@@ -73,8 +83,7 @@ def test_gptq_w2(quantized, folder, windows):
 def test_the_tweak_brings_the_model_nearer_to_the_float_one(quantized, folder, tokens, scheme, name):
     reference = models.load(folder.path)
     plain, _ = quantized(name, scheme, tweak=None)
-    tweaked, report = quantized(name + " tweaked", scheme)
-    assert report.peak_memory < 1.6e9
+    tweaked, _ = quantized(name + " tweaked", scheme)
     kl = [evaluate.score(m, folder.tokenizer, tokens[1], against=reference, dtype=compute_dtype("auto")).kl for m in (plain, tweaked)]
     assert kl[1] < kl[0]
 

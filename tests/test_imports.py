@@ -1,6 +1,7 @@
 """What may import what: the syntax trees are walked, so that an import inside a function counts too."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,11 +140,12 @@ def test_importing_prints_nothing_and_loads_no_heavy_package():
     assert result.stderr == ""
 
 
-def test_lives_beside_hugging_faces_kernels():
+def test_lives_beside_hugging_faces_kernels(tmp_path):
     """transformers imports Hugging Face's package `kernels` where it is installed; ours must not be found under that name."""
-    code = (
-        "import importlib.util, normtweak_kernels, transformers; spec = importlib.util.find_spec('kernels');"
-        "print(spec is None or 'normtweak' not in str(spec.origin) + str(spec.submodule_search_locations))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
-    assert result.stdout.strip() == "True"
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("mark = 'theirs'")
+    code = "import normtweak_kernels, normtweak, kernels, transformers; print(kernels.mark, normtweak_kernels.__name__)"
+    for cwd in (tmp_path, ROOT):  # at the repository's root our folder kernels/ is on the path too, before theirs
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=cwd, env=environment)
+        assert result.stdout.strip() == "theirs normtweak_kernels"

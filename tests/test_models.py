@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 
 import pytest
@@ -66,6 +67,30 @@ def test_a_float_model_loads_as_transformers_loads_it(tmp_path, tied):
     tokens = torch.randint(2, 90, (2, 9))
     with torch.no_grad():
         assert torch.equal(normtweak.load(folder)(tokens).logits, AutoModelForCausalLM.from_pretrained(folder)(tokens).logits)
+
+
+def test_rotary_tables_stay_float32(small_model):
+    exact, rounded = models.load(small_model), models.load(small_model, dtype=torch.bfloat16)
+    assert rounded.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert torch.equal(exact.model.rotary_emb.inv_freq, rounded.model.rotary_emb.inv_freq)
+
+
+def test_a_float_model_with_a_missing_weight(small_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(small_model, tmp_path / "float")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="must be complete, got no value for model.layers.1.mlp.up_proj.weight"):
+        normtweak.load(folder)
+
+
+def test_an_encoder_decoder_is_refused_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    with pytest.raises(ValueError, match=r"must be a decoder .a causal language model., got model_type t5") as caught:
+        models.ModelFolder(tmp_path).skeleton()
+    assert "\n" not in str(caught.value)
 
 
 def test_blocks_are_found_in_families_without_an_entry(tmp_path):

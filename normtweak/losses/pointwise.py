@@ -17,16 +17,10 @@ def token_mse(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return ((output - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-12)).mean()
 
 
-def channel_mse(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean over kept tokens and channels of (output - target)^2 / var(target's channel): no channel outweighs another by its range."""
-    output, target = output.float()[mask], target.float()[mask]
-    return ((output - target).square().mean(0) / target.var(0).clamp(min=1e-12)).mean()
-
-
 def kl(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """KL(softmax(target) || softmax(output)) over channels, mean over kept tokens."""
     output, target = output.float()[mask].log_softmax(-1), target.float()[mask].log_softmax(-1)
     return functional.kl_div(output, target, log_target=True, reduction="batchmean")
 
 
-LOSSES = {"mse": mse, "token_mse": token_mse, "channel_mse": channel_mse, "kl": kl}
+LOSSES = {"mse": mse, "token_mse": token_mse, "kl": kl}

@@ -105,7 +105,9 @@ class Solver:
         self.importance = diagonal / diagonal.mean()
         self.dead = diagonal == 0
         hessian = hessian + torch.diag(self.dead.to(hessian.dtype))
-        self.order = torch.argsort(diagonal, descending=True, stable=True) if config.act_order else torch.arange(len(diagonal), device=diagonal.device)
+        self.order = (
+            torch.argsort(diagonal, descending=True, stable=True) if config.act_order else torch.arange(len(diagonal), device=diagonal.device)
+        )
         self.hinv = inverse_factor(hessian[self.order][:, self.order], config.damp_percent, name)
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
@@ -150,6 +152,7 @@ def inverse_factor(hessian: Tensor, damp_percent: float, name: str) -> Tensor:
             inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
             if torch.isfinite(inverse).all():
                 return inverse.flip(0, 1).contiguous()
-        logger.warning("gptq: the Hessian of %s is not positive definite with damping %g; trying %g", name, damp_percent, damp_percent * 10)
+        again = f"trying {damp_percent * 10:g}" if damp_percent * 10 <= 1.0 else "giving up"
+        logger.warning("gptq: the Hessian of %s is not positive definite with damping %g; %s", name, damp_percent, again)
         damp_percent *= 10
     raise ValueError(f"gptq: the Hessian of {name} must be positive definite with damping up to 1.0, got one that isn't")
