@@ -5,7 +5,8 @@ VENV ?= .venv
 TORCH ?= 2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.normtweak-setup
+# A compiler that appears later is a reason to set up again.
+STAMP := $(VENV)/.normtweak-setup-$(if $(shell command -v $${CXX:-c++}),native,plain)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test slow lint format types bench wheel clean
@@ -21,7 +22,7 @@ $(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*.* csrc/cpu/*.*)
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo "normtweak needs Python's venv module (Debian: apt-get install python3-venv)"; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || echo "note: no C++ compiler ($${CXX:-c++}); normtweak will run without its native kernels (Debian: apt-get install g++)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
 		echo "installing torch"; \
 		if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install --quiet torch; \
