@@ -177,7 +177,7 @@ def inspect(model: Model) -> None:
 
 @app.command()
 def demo(
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 28,
     length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
     out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this new folder.", show_default=False)] = None,
 ) -> None:

@@ -26,7 +26,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W2 g64": {"bits": 2, "group_size": 64, "symmetric": False},
 }
 # Sequences generated beside the calibration text and kept out of it.
-HELD_OUT = 8
+HELD_OUT = 4
 
 
 def run(samples: int, length: int, out: Path | None, progress: Progress) -> Iterator[str | Table]:

@@ -1,49 +1,14 @@
-"""Fixed seeds, and small models made on the spot: no test needs a download."""
-
-import string
+"""Fixed seeds, and the models that tests share."""
 
 import pytest
 import torch
+
+from small_models import make_model
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
-
-
-def make_tokenizer(folder):
-    """A character-level tokenizer with capitalised words and <s>, </s> as special tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<s>", "</s>", *string.printable, "The", "One", "Once"]
-    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    fast.save_pretrained(folder)
-    return fast
-
-
-def make_model(folder, model_type="llama", dtype=torch.float32, **settings):
-    """A small randomly initialised decoder with norms away from 1, saved with its tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    tokenizer = make_tokenizer(folder)
-    sizes = {
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 16, "max_position_embeddings": 128, "ffn_dim": 96, "word_embed_proj_dim": 64, "vocab_size": len(tokenizer),
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
-    }  # fmt: skip
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(sizes | settings)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-            else:
-                parameter.mul_(4.0 if "embed" in name else 2.0)
-    model.to(dtype).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

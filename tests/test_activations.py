@@ -1,10 +1,10 @@
 import pytest
 import torch
-from conftest import make_model
 from torch import nn
 
 from normtweak import models
 from normtweak.activations import BlockCalls, Stream, compute_dtype, embed_all
+from small_models import make_model
 
 FAMILIES = {
     "llama": {},

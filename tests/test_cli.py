@@ -10,10 +10,10 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
-from conftest import make_model
 from rich.console import Console
 
 from normtweak import cli
+from small_models import make_model
 
 SMALL = ["--calibration", "random", "--samples", "4", "--length", "24"]
 

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from conftest import make_model
 
 import normtweak
 from normtweak import models
+from small_models import make_model
 
 
 def refused(model, message):

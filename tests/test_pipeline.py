@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_model
 from safetensors.torch import load_file, save_file
 
 import normtweak
 from normtweak import QuantizeConfig, models
 from normtweak.linear import PackedLinear
 from normtweak_kernels import packing
+from small_models import make_model
 
 CALIBRATION = {"source": "random", "samples": 6, "length": 24, "batch_size": 4}
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from accuracy import assert_accurate
 
+from accuracy import assert_accurate
 from normtweak_kernels import ChannelStatistics, channel_loss
 from normtweak_kernels.channel_loss import reference
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from accuracy import assert_accurate, random_weight
 
+from accuracy import assert_accurate, random_weight
 from normtweak_kernels import dequant_gemm, native, packing
 from normtweak_kernels.dequant_gemm import cpp_kernel
 from normtweak_kernels.launch import DequantGemmCpu
