@@ -21,7 +21,8 @@ def _wide(x: Tensor) -> torch.dtype:
 def dequant_gemm(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int) -> Tensor:
     """Weights and products in float32 (float64 for float64), rounded once at the end."""
     weight = dense(qweight, scales, zeros, bits, x.shape[-1], _wide(x))
-    y = torch.nn.functional.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+    # contiguous: torch picks another product, with sums in another order, for a permuted x, and the result shall not depend on strides
+    y = torch.nn.functional.linear(x.to(weight.dtype).contiguous(), weight, None if bias is None else bias.to(weight.dtype))
     return y.to(x.dtype)
 
 
