@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from .activations import computing
 from .calibration import leading_bos
+from .calibration.text import read_utf8
 from .config import require
 from .progress import Progress, Silent
 
@@ -37,10 +38,7 @@ def read_text(source: str) -> str:
         return "\n\n".join(topics[key] for key in sorted(topics))
     path = Path(source)
     require(path.is_file(), "eval", "text", f"a text file or {PYTHON_DOCS}", source)
-    try:
-        return path.read_text(encoding="utf8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"eval: {source} must be UTF-8 text, got bytes that aren't ({error.reason} at byte {error.start})") from error
+    return read_utf8("eval", path)
 
 
 def text_windows(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
@@ -74,26 +72,25 @@ def score(
     device = model.device
     nll = divergence = 0.0
     agreed = tokens = 0
-    batches = windows.split(batch_size)
+    # beside a second model one window at a time, since two sets of logits are held
+    batches = windows.split(batch_size if against is None else 1)
     with (progress or Silent()).task("evaluating", len(batches)) as advance:
         for batch in batches:
             batch = batch.to(device)
             given = batch if bos is None else torch.cat([torch.full_like(batch[:, :1], bos), batch], 1)
             start = given.shape[1] - batch.shape[1]
-            for row in range(len(batch)) if against is not None else [slice(None)]:
-                rows = slice(row, row + 1) if isinstance(row, int) else row
-                with computing(device.type, dtype):
-                    logits = model(input_ids=given[rows], use_cache=False).logits[:, start:-1]
-                    reference = None if against is None else against(input_ids=given[rows], use_cache=False).logits[:, start:-1]
-                targets = batch[rows, 1:]
-                for index, target in enumerate(targets):
-                    own = logits[index].float().log_softmax(-1)
-                    nll += functional.nll_loss(own, target, reduction="sum").item()
-                    if reference is not None:
-                        theirs = reference[index].float().log_softmax(-1)
-                        divergence += functional.kl_div(own, theirs, log_target=True, reduction="sum").item()
-                        agreed += int((own.argmax(-1) == theirs.argmax(-1)).sum())
-                tokens += targets.numel()
+            with computing(device.type, dtype):
+                logits = model(input_ids=given, use_cache=False).logits[:, start:-1]
+                reference = None if against is None else against(input_ids=given, use_cache=False).logits[:, start:-1]
+            targets = batch[:, 1:]
+            for index, target in enumerate(targets):
+                own = logits[index].float().log_softmax(-1)
+                nll += functional.nll_loss(own, target, reduction="sum").item()
+                if reference is not None:
+                    theirs = reference[index].float().log_softmax(-1)
+                    divergence += functional.kl_div(own, theirs, log_target=True, reduction="sum").item()
+                    agreed += int((own.argmax(-1) == theirs.argmax(-1)).sum())
+            tokens += targets.numel()
             advance()
     perplexity = math.exp(nll / tokens)
     return Score(perplexity) if against is None else Score(perplexity, divergence / tokens, agreed / tokens)

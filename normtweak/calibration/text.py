@@ -12,15 +12,19 @@ from ..config import CalibrationConfig, require
 from . import with_bos
 
 
+def read_utf8(where: str, path: Path) -> str:
+    """The text of a file. Raises ValueError, named after `where`, when it isn't UTF-8."""
+    try:
+        return path.read_text(encoding="utf8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: {path} must be UTF-8 text, got bytes that aren't ({error.reason} at byte {error.start})") from error
+
+
 def windows(config: CalibrationConfig, tokenizer: Any, seed: int) -> Tensor:
     """Windows int64 [samples, length] at random places of a UTF-8 text file. Raises ValueError when it is missing, not text, or too short."""
     path = Path(config.source)
     require(path.is_file(), "calibration", "source", "generated, random or a text file", config.source)
-    try:
-        text = path.read_text(encoding="utf8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"calibration: {path} must be UTF-8 text, got bytes that aren't ({error.reason} at byte {error.start})") from error
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+    ids = torch.tensor(tokenizer(read_utf8("calibration", path), add_special_tokens=False).input_ids)
     require(
         len(ids) >= config.samples * config.length, "calibration", str(path),
         f"at least samples x length = {config.samples * config.length} tokens long", f"{len(ids)} tokens",
