@@ -101,8 +101,9 @@ void bind_gptq_block_update(int threads, uintptr_t weight, uintptr_t hinv, uintp
     gptq_block_update(isa, threads, args);
 }
 
-PackedWeight packed_weight(const char* op, uintptr_t words, uintptr_t scales, const std::string& scale_dtype,
-                           uintptr_t zeros, int64_t n, int64_t k, int64_t groups, int bits) {
+PackedWeight packed_weight(uintptr_t words, uintptr_t scales, const std::string& scale_dtype, uintptr_t zeros,
+                           int64_t n, int64_t k, int64_t groups, int bits) {
+    const char* op = "PackedWeight";
     check_bits(op, bits);
     check_size(op, "n", n);
     check_size(op, "k", k);
@@ -118,13 +119,11 @@ PackedWeight packed_weight(const char* op, uintptr_t words, uintptr_t scales, co
             bits};
 }
 
-void bind_dequant_gemm_small(int threads, uintptr_t words, uintptr_t scales, const std::string& scale_dtype,
-                             uintptr_t zeros, int64_t n, int64_t k, int64_t groups, int bits, uintptr_t x,
-                             uintptr_t bias, uintptr_t y, int64_t m) {
+void bind_dequant_gemm_small(const PackedWeight& weight, int threads, uintptr_t x, uintptr_t bias, uintptr_t y,
+                             int64_t m) {
     const char* op = "dequant_gemm";
     check_size(op, "threads", threads);
     check_size(op, "m", m);
-    const PackedWeight weight = packed_weight(op, words, scales, scale_dtype, zeros, n, k, groups, bits);
     const auto* xs = required<float>(op, "x", x);
     auto* ys = required<float>(op, "y", y);
     const Isa isa = current_isa();
@@ -132,14 +131,36 @@ void bind_dequant_gemm_small(int threads, uintptr_t words, uintptr_t scales, con
     dequant_gemm_small(isa, threads, weight, xs, pointer<float>(bias), ys, m);
 }
 
-void bind_dequantize_panel(int threads, uintptr_t words, uintptr_t scales, const std::string& scale_dtype,
-                           uintptr_t zeros, int64_t n, int64_t k, int64_t groups, int bits, int64_t n0, int64_t n1,
-                           int64_t k0, int64_t k1, const std::string& dtype, uintptr_t out) {
+void bind_integer_gemm(const PackedWeight& weight, int threads, uintptr_t x, uintptr_t bias, uintptr_t y, int64_t m,
+                       const char* dtype, int planes, bool per_token) {
+    const char* op = "dequant_gemm";
+    check_size(op, "threads", threads);
+    check_size(op, "m", m);
+    check(1 <= planes && planes <= 3, op, "planes", "1, 2 or 3", planes);
+    check(!per_token || planes == 1, op, "planes", "1 with a scale per token", planes);
+    const IntegerGemm args = {weight,
+                              required<void>(op, "x", x),
+                              pointer<void>(bias),
+                              required<void>(op, "y", y),
+                              m,
+                              parse_dtype(op, dtype),
+                              planes,
+                              per_token};
+    const Isa isa = current_isa();
+    check(integer_gemm_supported(isa, weight.k, weight.groups), op, "K / G",
+          "a multiple of 32, and the instruction set above portable",
+          std::to_string(weight.k / weight.groups) + " on " + isa_name(isa));
+    py::gil_scoped_release release;
+    integer_gemm(isa, threads, args);
+}
+
+void bind_dequantize_panel(const PackedWeight& weight, int threads, int64_t n0, int64_t n1, int64_t k0, int64_t k1,
+                           const std::string& dtype, uintptr_t out) {
     const char* op = "dequantize_panel";
     check_size(op, "threads", threads);
-    const PackedWeight weight = packed_weight(op, words, scales, scale_dtype, zeros, n, k, groups, bits);
-    check(0 <= n0 && n0 < n1 && n1 <= n && n0 % kPackedLanes == 0, op, "n0", "a multiple of 16 below n1 <= N", n0);
-    check(0 <= k0 && k0 < k1 && k1 <= k && k0 % kChunk == 0, op, "k0", "a multiple of 32 below k1 <= K", k0);
+    check(0 <= n0 && n0 < n1 && n1 <= weight.n && n0 % kPackedLanes == 0, op, "n0", "a multiple of 16 below n1 <= N",
+          n0);
+    check(0 <= k0 && k0 < k1 && k1 <= weight.k && k0 % kChunk == 0, op, "k0", "a multiple of 32 below k1 <= K", k0);
     check(dtype != "float16", op, "dtype", "float32 or bfloat16", dtype);
     const Panel panel = {n0, n1, k0, k1, parse_dtype(op, dtype), required<void>(op, "out", out)};
     const Isa isa = current_isa();
@@ -190,10 +211,22 @@ PYBIND11_MODULE(_native, module) {
     module.def("set_isa", &set_isa, py::arg("name"),
                "Use a lower instruction set; empty: what NORMTWEAK_ISA or the processor says");
     module.def("available_isas", &available_isas, "The instruction sets that this processor runs, slowest first");
+    module.def("has_bfloat16", &has_bfloat16, "Whether the processor multiplies bfloat16 (AVX-512 or AMX)");
+    module.def("has_amx", &has_amx, "Whether the processor multiplies tiles of bfloat16");
     module.def("group_params", &bind_group_params);
     module.def("gptq_block_update", &bind_gptq_block_update);
-    module.def("dequant_gemm_small", &bind_dequant_gemm_small);
-    module.def("dequantize_panel", &bind_dequantize_panel);
+    py::class_<PackedWeight>(module, "PackedWeight", "The addresses and shape of a packed weight; doesn't own them")
+        .def(py::init(&packed_weight), py::arg("words"), py::arg("scales"), py::arg("scale_dtype"), py::arg("zeros"),
+             py::arg("n"), py::arg("k"), py::arg("groups"), py::arg("bits"))
+        .def_readonly("n", &PackedWeight::n)
+        .def_readonly("k", &PackedWeight::k)
+        .def_readonly("groups", &PackedWeight::groups)
+        .def_readonly("bits", &PackedWeight::bits)
+        .def("dequant_gemm_small", &bind_dequant_gemm_small)
+        .def("integer_gemm", &bind_integer_gemm)
+        .def("integer_gemm_supported",
+             [](const PackedWeight& weight) { return integer_gemm_supported(current_isa(), weight.k, weight.groups); })
+        .def("dequantize_panel", &bind_dequantize_panel);
     module.def("channel_loss", &bind_channel_loss);
     module.def("channel_loss_backward", &bind_channel_loss_backward);
 }

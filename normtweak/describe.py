@@ -66,7 +66,7 @@ def describe(model: str | os.PathLike[str]) -> list[Section]:
 def _kernels() -> list[tuple[str, str]]:
     x, scales = torch.zeros(1, 32), torch.ones(1, 16)
     packed = torch.zeros(1, 4, 16, dtype=torch.int32)
-    rows = [("dequant_gemm on cpu", which_backend("dequant_gemm", x, packed, scales, None, None, 4))]
+    rows = [("dequant_gemm on cpu", which_backend("dequant_gemm", x, packed, scales, None, None, 4, "auto"))]
     if native.why_missing():
         rows.append(("native module", native.why_missing()))
     return rows

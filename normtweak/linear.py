@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from normtweak_kernels import QuantizedWeight, dequant_gemm, packing
+from normtweak_kernels import QuantizedWeight, packing
+from normtweak_kernels.dequant_gemm import Prepared, dequant_gemm
 
 
 class PackedLinear(nn.Module):
@@ -20,23 +22,38 @@ class PackedLinear(nn.Module):
     qweight: Tensor
     scales: Tensor
     zeros: Tensor | None
+    bias: nn.Parameter | None
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, activations: str = "auto") -> None:
         super().__init__()
+        self.activations = activations
+        self._prepared: Prepared | None = None
         self.out_features, self.in_features = weight.codes.shape
         self.bits = weight.bits
         self.group_size = weight.group_size
         self.register_buffer("qweight", weight.pack())
         self.register_buffer("scales", weight.scales.half().contiguous())
         self.register_buffer("zeros", None if weight.zeros is None else weight.zeros.contiguous())
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype, or in autocast's where that is on."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return dequant_gemm(x, self.qweight, self.scales, self.zeros, bias, bits=self.bits)
+        bias = self._parameters["bias"]
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        # Straight from the dictionary, past nn.Module's attribute lookup: a token costs a call of every linear.
+        buffers = cast(dict[str, Tensor], self._buffers)
+        weight = buffers["qweight"], buffers["scales"], buffers["zeros"]
+        if torch.compiler.is_compiling():
+            return dequant_gemm(x, *weight, bias, bits=self.bits, activations=self.activations)
+        if self._prepared is None or not self._prepared.holds(*weight):
+            self._prepared = Prepared(*weight, self.in_features, bits=self.bits, activations=self.activations)
+        return self._prepared(x, bias)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_prepared": None}  # a copy's tensors lie elsewhere
 
     def quantized(self) -> QuantizedWeight:
         """The codes and parameters, unpacked."""

@@ -28,7 +28,7 @@ static RowGrid row_grid(const PackedWeight& w, int64_t group, int64_t n) {
     if (valid >= kLanes) {
         grid.scale = half ? half_to_float(load<vh>(static_cast<const uint16_t*>(w.scales) + at))
                           : load<vf>(static_cast<const float*>(w.scales) + at);
-        if (w.zeros) grid.zero = __builtin_convertvector(load<vb>(w.zeros + at), vi);
+        if (w.zeros) grid.zero = widen(load<vb>(w.zeros + at));
         return grid;
     }
     vh halves = {};

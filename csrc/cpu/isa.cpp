@@ -1,6 +1,11 @@
 #include <atomic>
 #include <cstdlib>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "../check.h"
 #include "kernels.h"
 
@@ -8,30 +13,74 @@ namespace normtweak {
 
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
 constexpr const char* kEnvironment = "NORMTWEAK_ISA";
 
-Isa detect() {
+struct Entry {
+    Isa isa;
+    const char* name;
+    int lanes;
+    bool (*supported)();
+};
+
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return Isa::avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        return Isa::avx2;
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx2_vnni() {
+    return has_avx2() && __builtin_cpu_supports("avxvnni");
+}
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512_vnni() {
+    return has_avx512() && __builtin_cpu_supports("avx512vnni");
+}
+#elif defined(__aarch64__)
+bool has_dotprod() {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+    return true;  // every 64-bit ARM processor that Apple sells as a computer
 #endif
-    return Isa::portable;
+}
+#endif
+
+// Slowest first; the last that the processor supports is the best.
+constexpr Entry kEntries[] = {
+    {Isa::portable, "portable", 4, [] { return true; }},
+#if defined(__x86_64__)
+    {Isa::avx2, "avx2", 8, has_avx2},
+    {Isa::avx2_vnni, "avx2_vnni", 8, has_avx2_vnni},
+    {Isa::avx512, "avx512", 16, has_avx512},
+    {Isa::avx512_vnni, "avx512_vnni", 16, has_avx512_vnni},
+#elif defined(__aarch64__)
+    {Isa::dotprod, "dotprod", 4, has_dotprod},
+#endif
+};
+
+const Entry& entry(Isa isa) {
+    for (const Entry& e : kEntries)
+        if (e.isa == isa) return e;
+    return kEntries[0];
 }
 
 Isa best() {
-    static const Isa isa = detect();
+    static const Isa isa = [] {
+        Isa found = Isa::portable;
+        for (const Entry& e : kEntries)
+            if (e.supported()) found = e.isa;
+        return found;
+    }();
     return isa;
 }
 
 Isa parse(const char* argument, const std::string& name) {
     std::string wanted;
-    for (int i = 0; i <= static_cast<int>(best()); ++i) {
-        if (name == kNames[i]) return static_cast<Isa>(i);
-        wanted += (i ? ", " : "") + std::string(kNames[i]);
+    for (const Entry& e : kEntries) {
+        if (!e.supported()) continue;
+        if (name == e.name) return e.isa;
+        wanted += (wanted.empty() ? "" : ", ") + std::string(e.name);
     }
     check(false, "native kernels", argument, "one of " + wanted + " on this processor", name);
     return Isa::portable;
@@ -54,15 +103,34 @@ void set_isa(const std::string& name) {
 }
 
 std::vector<std::string> available_isas() {
-    return {kNames, kNames + static_cast<int>(best()) + 1};
+    std::vector<std::string> names;
+    for (const Entry& e : kEntries)
+        if (e.supported()) names.emplace_back(e.name);
+    return names;
 }
 
 const char* isa_name(Isa isa) {
-    return kNames[static_cast<int>(isa)];
+    return entry(isa).name;
+}
+
+bool has_amx() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("amx-bf16") != 0;
+#else
+    return false;
+#endif
+}
+
+bool has_bfloat16() {
+#if defined(__x86_64__)
+    return has_amx() || __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return false;
+#endif
 }
 
 int isa_lanes(Isa isa) {
-    return isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4;
+    return entry(isa).lanes;
 }
 
 }  // namespace normtweak

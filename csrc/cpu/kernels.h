@@ -9,7 +9,7 @@
 
 namespace normtweak {
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, dotprod, avx2, avx2_vnni, avx512, avx512_vnni };
 enum class Dtype { float32, bfloat16, float16 };
 
 // isa.cpp. The best instruction set that the processor has, or the lower one that NORMTWEAK_ISA or `set_isa` asks for.
@@ -17,6 +17,9 @@ Isa current_isa();
 void set_isa(const std::string& name);  // empty: back to NORMTWEAK_ISA
 std::vector<std::string> available_isas();
 const char* isa_name(Isa isa);
+// What the processor's BLAS can count on, whatever instruction set is chosen here.
+bool has_bfloat16();
+bool has_amx();
 int isa_lanes(Isa isa);  // float32 values in a vector
 
 // How a grid is found; see affine.py.
@@ -65,6 +68,21 @@ struct PackedWeight {
 // y [m, n] = x @ dequant(W)^T + bias, for few rows; x [m, ceil(k/32) * 32] with zeros after k.
 void dequant_gemm_small(Isa isa, int threads, const PackedWeight& weight, const float* x, const float* bias, float* y,
                         int64_t m);
+// The same by integer products, for any number of rows. x [m, k], bias [n] or null and y [m, n] of one dtype. x is
+// split into `planes` signed bytes a value: per run of at most 64 values of a row, or with per_token (1 plane) of a
+// whole row, by a scale of its own. A run with a value that isn't finite gives NaN.
+struct IntegerGemm {
+    PackedWeight weight;
+    const void* x;
+    const void* bias;
+    void* y;
+    int64_t m;
+    Dtype dtype;
+    int planes;
+    bool per_token;
+};
+bool integer_gemm_supported(Isa isa, int64_t k, int64_t groups);
+void integer_gemm(Isa isa, int threads, const IntegerGemm& args);
 // dequant(W)[n0:n1, k0:k1] transposed: out [k1 - k0, ceil((n1 - n0) / 16) * 16], n0 a multiple of 16 and k0 of 32.
 // Lanes past n1 get any finite value.
 struct Panel {

@@ -49,15 +49,81 @@ NT_INLINE vf round_to_half(vf v) {
 
 // Finite float16 bits -> float32: move the fields, then correct the exponent's bias.
 NT_INLINE vf half_to_float(vh h) {
+#if NT_LANES == 16
+    return (vf)_mm512_cvtph_ps((__m256i)h);
+#elif NT_LANES == 8
+    return (vf)_mm256_cvtph_ps((__m128i)h);
+#endif
     const vi u = __builtin_convertvector(h, vi);
     const vf magnitude = (vf)((u & 0x7fff) << 13) * 0x1p112f;
     return (vf)((vi)magnitude | ((u & 0x8000) << 16));
+}
+
+// GCC 12 widens bytes one by one when asked by __builtin_convertvector.
+NT_INLINE vi widen(vb bytes) {
+#if NT_LANES == 16
+    return (vi)_mm512_cvtepu8_epi32((__m128i)bytes);
+#elif NT_LANES == 8
+    return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)&bytes));
+#else
+    return __builtin_convertvector(bytes, vi);
+#endif
+}
+
+NT_INLINE int32_t reduce_max(vi v) {
+#if NT_LANES == 16
+    return _mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t most = v[0];
+    for (int64_t lane = 1; lane < kLanes; ++lane) most = most > v[lane] ? most : v[lane];
+    return most;
+#endif
+}
+NT_INLINE int32_t reduce_add(vi v) {
+#if NT_LANES == 16
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    int32_t total = v[0];
+    for (int64_t lane = 1; lane < kLanes; ++lane) total += v[lane];
+    return total;
+#endif
+}
+
+// The low byte of each value.
+NT_INLINE vb narrow(vi v) {
+#if NT_LANES == 16
+    return (vb)_mm512_cvtepi32_epi8((__m512i)v);
+#else
+    return __builtin_convertvector(v, vb);
+#endif
 }
 
 // Finite float32 -> bfloat16 bits, half to even.
 NT_INLINE vh float_to_bfloat16(vf v) {
     const vi u = (vi)v;
     return __builtin_convertvector(((u + 0x7fff + ((u >> 16) & 1)) >> 16) & 0xffff, vh);
+}
+
+// The same for any value: NaN stays NaN, too large becomes infinite.
+NT_INLINE vh any_float_to_bfloat16(vf v) {
+    const vh rounded = float_to_bfloat16(v);
+    return __builtin_convertvector(v == v, vh) ? rounded : (vh)(vh{} + 0x7fc0);
+}
+NT_INLINE vf bfloat16_to_float(vh h) {
+    return (vf)(__builtin_convertvector(h, vi) << 16);
+}
+NT_INLINE vf any_half_to_float(vh h) {
+    const vi u = __builtin_convertvector(h, vi), fields = (u & 0x7fff) << 13;
+    const vi magnitude = fields < (0x7c00 << 13) ? (vi)((vf)fields * 0x1p112f) : fields | 0x7f800000;
+    return (vf)(magnitude | ((u & 0x8000) << 16));
+}
+NT_INLINE vh any_float_to_half(vf v) {
+    const vi all = (vi)v, u = all & 0x7fffffff;
+    const vi normal = (u - (112 << 23) + 0xfff + ((u >> 13) & 1)) >> 13;
+    const vi subnormal = (vi)((vf)u + 0.5f) - 0x3f000000;  // 0.5's unit in the last place is float16's smallest step
+    const vi finite = (vf)u < 0x1p-14f ? subnormal : normal;
+    const vi special = u > 0x7f800000 ? 0x7e00 - vi{} : 0x7c00 - vi{};
+    return __builtin_convertvector(((u >= 0x477ff000 ? special : finite) | ((all >> 16) & 0x8000)) & 0xffff, vh);
 }
 
 // `valid` of kLanes rows of a row-major matrix -> columns [count][kLanes], zero in the lanes past `valid`.

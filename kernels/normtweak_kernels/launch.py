@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class DequantGemmCpu:
-    """CPU bodies of dequant_gemm: the fused kernel for few rows of x, panels and the BLAS for more."""
+    """Which body of dequant_gemm runs on an instruction set, by the number of rows of x. Measured at 2048 x 2048, 1 thread.
 
-    # Up to here unpacking the weight again for every four rows costs less than writing it dequantized and reading it back; measured
-    # at 4096 x 4096 and 576 x 1536. Lower for bfloat16, which processors with bfloat16 products multiply faster than float32.
-    fused_max_rows: int = 32
-    fused_max_rows_bfloat16: int = 16
-    # Small enough for a large cache (dequantizing 4096 x 4096 into 4 MB panels takes 3.7 ms, into 8 MB 6.2), large enough that
-    # every thread gets work of each and that the threads seldom wait for one another.
+    The integer kernel splits x into bytes and multiplies the codes as they are; the float kernel unpacks the weight again for every four
+    rows; panels are dequantized into cache and multiplied by torch's BLAS.
+    """
+
+    # Rows up to which the integer kernel is the fastest, for weights of up to 4 bits and of 8. Without a product of bytes by fours
+    # (VNNI, sdot) the codes of 8 bits go by halves, and the processor's float32 products overtake it.
+    integer_max_rows: int
+    integer_max_rows_8bit: int
+    # Above them, up to here unpacking the weight again for every four rows costs less than writing it dequantized and reading it back.
+    float_max_rows: int = 32
+    # Rows from which panels of bfloat16 win on processors that multiply it fast, though the kernels of this package keep more of x.
+    # On AMX its product is far above any other; beside VNNI (Zen 4 and 5) it is as fast as 16-bit integers, without their scales.
+    bfloat16_panel_rows: int = 512
+    bfloat16_panel_rows_amx: int = 64
+    # Small enough for a large cache, large enough that every thread gets work of each and that the threads seldom wait for one another:
+    # dequantizing 4096 x 4096 into 4 MB panels takes 3.7 ms, into 8 MB 6.2.
     panel_bytes: int = 2**22
 
 
-DEQUANT_GEMM_CPU = DequantGemmCpu()
+DEQUANT_GEMM_CPU = {
+    "portable": DequantGemmCpu(integer_max_rows=0, integer_max_rows_8bit=0),
+    "avx2": DequantGemmCpu(integer_max_rows=32, integer_max_rows_8bit=1),
+    "avx2_vnni": DequantGemmCpu(integer_max_rows=sys.maxsize, integer_max_rows_8bit=64),
+    "avx512": DequantGemmCpu(integer_max_rows=256, integer_max_rows_8bit=1),
+    "avx512_vnni": DequantGemmCpu(integer_max_rows=sys.maxsize, integer_max_rows_8bit=sys.maxsize),
+    # Not measured on such a processor: what avx2_vnni, whose instructions are the nearest, was found to want.
+    "dotprod": DequantGemmCpu(integer_max_rows=sys.maxsize, integer_max_rows_8bit=64),
+}

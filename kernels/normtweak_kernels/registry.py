@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 ENVIRONMENT = "NORMTWEAK_BACKEND"
 # Fastest first: the first that can run the arguments is chosen.
 BACKENDS = ("triton", "cpp", "reference")
@@ -42,6 +45,11 @@ def ops() -> list[str]:
     return sorted(_IMPLEMENTATIONS)
 
 
+def forced() -> str | None:
+    """The backend that NORMTWEAK_BACKEND asks for, or None."""
+    return os.environ.get(ENVIRONMENT) or None
+
+
 def select(op: str, *args: Any) -> Implementation:
     """The implementation that runs `op` on these (positional, schema-ordered) arguments.
 
@@ -51,16 +59,16 @@ def select(op: str, *args: Any) -> Implementation:
     implementations = _IMPLEMENTATIONS.get(op)
     if implementations is None:
         raise ValueError(f"{op}: op must be one of {', '.join(ops())}, got {op}")
-    forced = os.environ.get(ENVIRONMENT)
-    if forced:
-        if forced not in BACKENDS:
-            raise ValueError(f"{op}: {ENVIRONMENT} must be one of {', '.join(BACKENDS)}, got {forced}")
-        if forced not in implementations:
-            raise ValueError(f"{op}: {ENVIRONMENT} must be one of {', '.join(implementations)} for this op, got {forced}")
-        reason = implementations[forced].refuses(*args)
+    forced_name = forced()
+    if forced_name:
+        if forced_name not in BACKENDS:
+            raise ValueError(f"{op}: {ENVIRONMENT} must be one of {', '.join(BACKENDS)}, got {forced_name}")
+        if forced_name not in implementations:
+            raise ValueError(f"{op}: {ENVIRONMENT} must be one of {', '.join(implementations)} for this op, got {forced_name}")
+        reason = implementations[forced_name].refuses(*args)
         if reason:
-            raise ValueError(f"{op}: {ENVIRONMENT}={forced} can't run this call: {reason}")
-        return implementations[forced]
+            raise ValueError(f"{op}: {ENVIRONMENT}={forced_name} can't run this call: {reason}")
+        return implementations[forced_name]
     for backend in BACKENDS:
         implementation = implementations.get(backend)
         if implementation is not None and implementation.refuses(*args) is None:
@@ -71,3 +79,14 @@ def select(op: str, *args: Any) -> Implementation:
 def which_backend(op: str, *args: Any) -> str:
     """The backend ("triton", "cpp" or "reference") that `op` would use for these arguments, in the schema's order."""
     return select(op, *args).backend
+
+
+def eager(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors needs nothing of torch's dispatcher: no gradient, no tracing or compiling, no mode, no subclass.
+
+    The dispatcher costs more than a small product, and a model that generates text calls one for every linear and token.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    grad = torch.is_grad_enabled()
+    return not any(t is not None and (type(t) not in (Tensor, torch.nn.Parameter) or (grad and t.requires_grad)) for t in tensors)

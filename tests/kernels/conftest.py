@@ -6,7 +6,7 @@ import pytest
 
 from normtweak_kernels import native
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "dotprod")
 
 
 def _native_module():

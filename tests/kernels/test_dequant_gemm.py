@@ -1,10 +1,14 @@
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
 from accuracy import assert_accurate, random_weight
 from normtweak_kernels import dequant_gemm, native, packing
-from normtweak_kernels.dequant_gemm import cpp_kernel
-from normtweak_kernels.launch import DequantGemmCpu
+from normtweak_kernels.dequant_gemm import Prepared, cpp_kernel
+from normtweak_kernels.dequant_gemm.reference import quantize_activations
+from normtweak_kernels.launch import DEQUANT_GEMM_CPU
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (N, K, group size), none a multiple of every tile; 24 and 33 cut chunks of 32.
@@ -13,11 +17,20 @@ SHAPES = [(5, 33, -1), (17, 96, 24), (80, 192, 64), (200, 576, 32), (80, 1536, -
 ROWS = [1, 3, 17, 67]
 
 
-@pytest.fixture(params=[False, True])
-def panels(request, monkeypatch):
-    """The launch configuration as shipped, and one that cuts even these small weights into the smallest panels."""
-    if request.param:
-        monkeypatch.setattr(cpp_kernel, "DEQUANT_GEMM_CPU", DequantGemmCpu(fused_max_rows=2, fused_max_rows_bfloat16=2, panel_bytes=1))
+# How the C++ bodies are chosen: as shipped, and by configurations that give all rows but two to one of them.
+CHOICES = {
+    "shipped": None,
+    "integer": {"integer_max_rows": sys.maxsize, "integer_max_rows_8bit": sys.maxsize, "bfloat16_panel_rows": sys.maxsize},
+    "float": {"integer_max_rows": 0, "integer_max_rows_8bit": 0, "float_max_rows": sys.maxsize},
+    "panels": {"integer_max_rows": 0, "integer_max_rows_8bit": 0, "float_max_rows": 2, "panel_bytes": 1},
+}
+
+
+@pytest.fixture(params=CHOICES)
+def choice(request, monkeypatch):
+    changes = CHOICES[request.param]
+    if changes is not None:
+        monkeypatch.setattr(cpp_kernel, "DEQUANT_GEMM_CPU", {isa: replace(launch, **changes) for isa, launch in DEQUANT_GEMM_CPU.items()})
     return request.param
 
 
@@ -29,7 +42,7 @@ def plain_product(a, b, span):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", packing.BITS)
 @pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
-def test_forward_and_backward_are_as_exact_as_dense_torch(body, panels, n, k, group_size, bits, dtype):
+def test_forward_and_backward_are_as_exact_as_dense_torch(body, choice, n, k, group_size, bits, dtype):
     for m, zeros, with_bias, scale_dtype in zip(
         ROWS, (True, False, True, False), (False, True, True, False), (torch.float16, torch.float32) * 2, strict=True
     ):
@@ -38,15 +51,15 @@ def test_forward_and_backward_are_as_exact_as_dense_torch(body, panels, n, k, gr
         bias = torch.randn(n, dtype=dtype) if with_bias else None
         dense, exact = weight.dequantize().to(dtype), weight.dequantize(torch.float64)
         y = dequant_gemm(x, weight.pack(), weight.scales, weight.zeros, bias, bits=bits)
-        plain = plain_product(x.detach(), dense.t(), packing.LANES if panels else None) + (0 if bias is None else bias)
+        plain = plain_product(x.detach(), dense.t(), packing.LANES if choice == "panels" else None) + (0 if bias is None else bias)
         assert_accurate(y.detach(), plain, torch.nn.functional.linear(x.detach().double(), exact, None if bias is None else bias.double()))
         grad = torch.randn(m, n, dtype=dtype)
         y.backward(grad)
-        assert_accurate(x.grad, plain_product(grad, dense, packing.CHUNK if panels else None), grad.double() @ exact)
+        assert_accurate(x.grad, plain_product(grad, dense, packing.CHUNK if choice == "panels" else None), grad.double() @ exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_leading_dimensions_and_non_contiguous_inputs(body, panels, dtype):
+def test_leading_dimensions_and_non_contiguous_inputs(body, choice, dtype):
     weight = random_weight(23, 96, 4, 32, zeros=True)
     packed = weight.pack()
     x = torch.randn(96, 5, 3, dtype=dtype).permute(2, 1, 0)
@@ -69,12 +82,12 @@ def test_gradients_in_float64():
 
 @pytest.mark.parametrize("bits", packing.BITS)
 @pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
-def test_fused_kernel_writes_all_of_its_output_and_nothing_else(isa, native_module, n, k, group_size, bits):
+def test_float_kernel_writes_all_of_its_output_and_nothing_else(isa, native_module, n, k, group_size, bits):
     weight = random_weight(n, k, bits, group_size, zeros=False)
-    inner = cpp_kernel._weight(weight.pack(), weight.scales, None, bits, k)
+    inner = cpp_kernel.Weight(weight.pack(), weight.scales, None, bits, k)
     x = torch.nn.functional.pad(torch.randn(7, k), (0, -k % packing.CHUNK))
     guarded = torch.full((7 * n + 64,), torch.nan)
-    native_module.dequant_gemm_small(2, *inner.arguments(), native.address(x), 0, guarded.data_ptr(), 7)
+    inner.native.dequant_gemm_small(2, native.address(x), 0, guarded.data_ptr(), 7)
     assert torch.isfinite(guarded[: 7 * n]).all()
     assert torch.isnan(guarded[7 * n :]).all()
 
@@ -84,7 +97,7 @@ def test_fused_kernel_writes_all_of_its_output_and_nothing_else(isa, native_modu
 @pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
 def test_panels_are_the_dequantized_weight(isa, native_module, n, k, group_size, bits, dtype):
     weight = random_weight(n, k, bits, group_size, zeros=True)
-    inner = cpp_kernel._weight(weight.pack(), weight.scales, weight.zeros, bits, k)
+    inner = cpp_kernel.Weight(weight.pack(), weight.scales, weight.zeros, bits, k)
     for n0, n1, k0, k1 in {(0, n, 0, k), (n // 32 * 16, n, k // 64 * 32, k), (0, (n + 1) // 2, 0, (k + 1) // 2)}:
         size = (k1 - k0) * (-(-(n1 - n0) // 16) * 16)
         guarded = torch.full((size + 64,), torch.nan, dtype=dtype)
@@ -93,8 +106,85 @@ def test_panels_are_the_dequantized_weight(isa, native_module, n, k, group_size,
         assert torch.isnan(guarded[size:]).all()
 
 
-def test_fused_kernel_is_independent_of_threads(isa):
-    weight, x = random_weight(200, 576, 2, 64, zeros=True), torch.randn(7, 576)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+def test_integer_kernel_writes_all_of_its_output_and_nothing_else(isa, n, k, group_size, bits, dtype):
+    weight = random_weight(n, k, bits, group_size, zeros=True)
+    inner = cpp_kernel.Weight(weight.pack(), weight.scales, weight.zeros, bits, k)
+    if not inner.native.integer_gemm_supported():
+        assert isa == "portable" or inner.k // inner.native.groups % 32
+        return
+    for m, planes, per_token in ((1, 1, False), (2, 2, False), (7, 3, False), (261, 2, False), (9, 1, True)):
+        x = torch.randn(m, k, dtype=dtype)
+        guarded = torch.full((m * n + 64,), torch.nan, dtype=dtype)
+        inner.native.integer_gemm(2, x.data_ptr(), 0, guarded.data_ptr(), m, native.DTYPES[dtype], planes, per_token)
+        assert torch.isfinite(guarded[: m * n]).all()
+        assert torch.isnan(guarded[m * n :]).all()
+
+
+# What a mode may add to the error of float32: half a step of a run's scale, for gaussian x; int8_token's runs are whole rows.
+ROUNDING = {"int16": 1e-4, "int8": 2e-2, "int8_token": 4e-2}
+
+
+@pytest.mark.parametrize("activations", ROUNDING)
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+def test_rounded_activations(body, n, k, group_size, bits, activations):
+    for m, dtype, zeros in ((1, torch.float32, True), (3, torch.bfloat16, False), (17, torch.float16, True), (67, torch.float32, False)):
+        weight, x = random_weight(n, k, bits, group_size, zeros=zeros), torch.randn(m, k).to(dtype)
+        dense = weight.dequantize(torch.float64)
+        y = dequant_gemm(x, weight.pack(), weight.scales, weight.zeros, bits=bits, activations=activations)
+        rounded = quantize_activations(x.double(), weight.scales.shape[0], activations) @ dense.t()
+        # As the definition says, but for values that fall between two integers and are rounded to the other one, and the output's rounding.
+        error = (y.double() - rounded).norm() / rounded.norm()
+        assert error <= 0.2 * ROUNDING[activations] + 2 * torch.finfo(dtype).eps, error
+        exact = x.double() @ dense.t()
+        assert (y.double() - exact).norm() <= (ROUNDING[activations] + 2 * torch.finfo(dtype).eps) * x.double().norm() * dense.norm()
+        assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("activations", ["auto", "int16", "int8"])
+def test_a_large_value_costs_only_its_own_64(body, activations):
+    # One scale for a whole row would round everything beside the outlier to nothing.
+    weight = random_weight(48, 256, 4, 64, zeros=True)
+    x = torch.randn(5, 256)
+    x[:, 0] = 1e4
+    dense = weight.dequantize(torch.float64)
+    y = dequant_gemm(x, weight.pack(), weight.scales, weight.zeros, bits=4, activations=activations)
+    exact_outlier = dequant_gemm(x * (torch.arange(256) < 64), weight.pack(), weight.scales, weight.zeros, bits=4, activations=activations)
+    rest = x[:, 64:].double() @ dense[:, 64:].t()
+    tolerance = {"auto": 1e-3, "int16": 1e-3, "int8": 2e-2}[activations]  # float32's sums hold the outlier's part too
+    assert ((y - exact_outlier).double() - rest).norm() <= tolerance * rest.norm()
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_value_that_is_not_finite_is_seen_in_its_row_alone(body, choice, dtype, value):
+    weight = random_weight(21, 192, 4, 64, zeros=True)
+    x = torch.randn(9, 192).to(dtype)
+    x[4, 77] = value
+    y = dequant_gemm(x, weight.pack(), weight.scales, weight.zeros, bits=4)
+    assert not torch.isfinite(y[4]).any()
+    assert torch.isfinite(y[torch.arange(9) != 4]).all()
+
+
+def test_zeros_and_tiny_values(body, choice):
+    weight = random_weight(21, 192, 4, 64, zeros=True)
+    x = torch.zeros(5, 192)
+    x[1], x[2, 3] = 1e-38, 1e-20
+    y = dequant_gemm(x, weight.pack(), weight.scales, weight.zeros, bits=4)
+    assert torch.equal(y[0], torch.zeros(21))
+    exact = x.double() @ weight.dequantize(torch.float64).t()
+    assert ((y.double() - exact).abs() <= 1e-6 * exact.abs() + 1e-33).all()
+
+
+@pytest.mark.parametrize("m", [7, 300])
+@pytest.mark.parametrize("choice", ["integer", "float"], indirect=True)
+def test_our_kernels_are_independent_of_threads(isa, choice, m):
+    if isa == "portable" and choice == "integer":
+        m = 7  # has no integer kernel, and the BLAS takes the rows that the float kernel leaves
+    weight, x = random_weight(200, 576, 2, 64, zeros=True), torch.randn(m, 576)
     packed, threads, results = weight.pack(), torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -106,11 +196,31 @@ def test_fused_kernel_is_independent_of_threads(isa):
     assert torch.equal(results[0], results[2])
 
 
+def test_a_prepared_weight_gives_the_same(body):
+    weight = random_weight(23, 96, 4, 32, zeros=True)
+    tensors = weight.pack(), weight.scales, weight.zeros
+    prepared = Prepared(*tensors, 96, bits=4)
+    assert prepared.holds(*tensors)
+    assert not prepared.holds(tensors[0].clone(), *tensors[1:])
+    for x in (torch.randn(2, 3, 96), torch.randn(96).bfloat16(), torch.randn(40, 96).half(), torch.randn(5, 192)[:, ::2]):
+        bias = torch.randn(46, dtype=x.dtype)[::2]
+        assert torch.equal(prepared(x, bias), dequant_gemm(x, *tensors, bias, bits=4))
+    x = torch.randn(3, 96, requires_grad=True)
+    prepared(x).sum().backward()
+    assert x.grad is not None
+    with pytest.raises(ValueError, match="dequant_gemm: bias must be"):
+        prepared(torch.randn(96), torch.zeros(3))
+    with pytest.raises(ValueError, match="dequant_gemm: scales must be"):
+        prepared(torch.randn(2, 95))
+    with pytest.raises(ValueError, match="dequant_gemm: qweight must be"):
+        Prepared(tensors[0][:1], *tensors[1:], 96, bits=4)
+
+
 def test_opcheck(body):
     weight = random_weight(5, 48, 3, 24, zeros=True)
     for x in (torch.randn(2, 3, 48, requires_grad=True), torch.randn(40, 48, dtype=torch.bfloat16)):
         bias = torch.randn(5, dtype=x.dtype)
-        torch.library.opcheck(torch.ops.normtweak.dequant_gemm.default, (x, weight.pack(), weight.scales, weight.zeros, bias, 3))
+        torch.library.opcheck(torch.ops.normtweak.dequant_gemm.default, (x, weight.pack(), weight.scales, weight.zeros, bias, 3, "auto"))
     torch.library.opcheck(torch.ops.normtweak.dequant_gemm_backward.default, (torch.randn(4, 5), weight.pack(), weight.scales, None, 3, 48))
 
 
@@ -121,6 +231,7 @@ def good_arguments():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"activations": "int4"}, "activations must be one of auto, int16, int8, int8_token, got int4"),
         ({"bits": 5}, "bits must be one of 2, 3, 4, 8, got 5"),
         ({"x": torch.zeros(2, 32).int()}, r"x must be floating point \[..., K\], got torch.int32 \(2, 32\)"),
         ({"scales": torch.ones(3, 4)}, r"scales must be float16 or float32 \[G, N\] with G dividing K = 32, got torch.float32 \(3, 4\)"),

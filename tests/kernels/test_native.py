@@ -79,7 +79,6 @@ def bad_calls():
     t = torch.zeros(64)
     a = t.data_ptr()
     grid = (4, True, 0, 0.28)
-    weight = (a, a, "float32", 0, 4, 32, 1, 4)
     return [
         ("group_params", (1, 0, 0, 4, 8, 8, *grid, a, a), "group_params: weight must be a tensor's address, got 0"),
         ("group_params", (1, a, 0, 4, 8, 3, *grid, a, a), "group_params: group_size must be a divisor of K, got 3"),
@@ -90,11 +89,10 @@ def bad_calls():
         ("gptq_block_update", (1, a, a, a, a, a, 0, a, 4, 8, 2, 4, 4, *grid), "gptq_block_update: start, stop must be"),
         ("gptq_block_update", (1, a, a, a, a, a, 0, a, 4, 8, 2, 1, 8, *grid), "start, stop must be multiples of the group size, got 1"),
         ("gptq_block_update", (1, a, a, a, a, a, 0, 0, 4, 8, 2, 0, 8, *grid), "gptq_block_update: errors must be a tensor's address, got 0"),
-        ("dequant_gemm_small", (1, *weight, a, 0, a, 0), "dequant_gemm: m must be positive, got 0"),
-        ("dequant_gemm_small", (1, a, a, "bfloat16", 0, 4, 32, 1, 4, a, 0, a, 1), "scale_dtype must be float16 or float32, got bfloat16"),
-        ("dequantize_panel", (1, *weight, 8, 4, 0, 32, "float32", a), "dequantize_panel: n0 must be a multiple of 16 below n1 <= N, got 8"),
-        ("dequantize_panel", (1, *weight, 0, 4, 8, 32, "float32", a), "dequantize_panel: k0 must be a multiple of 32 below k1 <= K, got 8"),
-        ("dequantize_panel", (1, *weight, 0, 4, 0, 32, "float16", a), "dequantize_panel: dtype must be float32 or bfloat16, got float16"),
+        ("PackedWeight", (a, a, "bfloat16", 0, 4, 32, 1, 4), "PackedWeight: scale_dtype must be float16 or float32, got bfloat16"),
+        ("PackedWeight", (a, a, "float32", 0, 4, 32, 5, 4), "PackedWeight: groups must be a divisor of K, got 5"),
+        ("PackedWeight", (a, a, "float32", 0, 4, 32, 1, 5), "PackedWeight: bits must be one of 2, 3, 4, 8, got 5"),
+        ("PackedWeight", (0, a, "float32", 0, 4, 32, 1, 4), "PackedWeight: words must be a tensor's address, got 0"),
         ("channel_loss", (1, a, "int8", 0, 2, 4, a, a, False, a, a), "channel_loss: dtype must be float32, bfloat16 or float16, got int8"),
         ("channel_loss", (1, a, "float32", 0, 0, 4, a, a, False, a, a), "channel_loss: tokens must be positive, got 0"),
         ("channel_loss_backward", (1, a, "float32", 0, 2, 4, a, a, 0, a), "channel_loss_backward: slope must be a tensor's address, got 0"),
@@ -106,6 +104,39 @@ def test_the_bindings_check_what_they_get(native_module, index):
     function, arguments, message = bad_calls()[index]
     with pytest.raises(ValueError, match=message):
         getattr(native_module, function)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("dequant_gemm_small", (1, 8, 0, 8, 0), "dequant_gemm: m must be positive, got 0"),
+        ("dequant_gemm_small", (1, 0, 0, 8, 1), "dequant_gemm: x must be a tensor's address, got 0"),
+        ("dequantize_panel", (1, 8, 4, 0, 32, "float32", 8), "dequantize_panel: n0 must be a multiple of 16 below n1 <= N, got 8"),
+        ("dequantize_panel", (1, 0, 4, 8, 32, "float32", 8), "dequantize_panel: k0 must be a multiple of 32 below k1 <= K, got 8"),
+        ("dequantize_panel", (1, 0, 4, 0, 32, "float16", 8), "dequantize_panel: dtype must be float32 or bfloat16, got float16"),
+        ("integer_gemm", (1, 8, 0, 8, 1, "float32", 4, False), "dequant_gemm: planes must be 1, 2 or 3, got 4"),
+        ("integer_gemm", (1, 8, 0, 8, 1, "float32", 2, True), "dequant_gemm: planes must be 1 with a scale per token, got 2"),
+        ("integer_gemm", (0, 8, 0, 8, 1, "float32", 2, False), "dequant_gemm: threads must be positive, got 0"),
+        ("integer_gemm", (1, 8, 0, 0, 1, "float32", 2, False), "dequant_gemm: y must be a tensor's address, got 0"),
+    ],
+)
+def test_the_bindings_check_what_a_weight_is_multiplied_with(native_module, method, arguments, message):
+    tensor = torch.zeros(64)
+    weight = native_module.PackedWeight(tensor.data_ptr(), tensor.data_ptr(), "float32", 0, 4, 32, 1, 4)
+    with pytest.raises(ValueError, match=message):
+        getattr(weight, method)(*arguments)
+
+
+def test_the_integer_kernel_refuses_what_it_can_not_run(native_module):
+    tensor = torch.zeros(64)
+    native_module.set_isa("portable")
+    try:
+        with pytest.raises(ValueError, match=r"K / G must be a multiple of 32, and the instruction set above portable, got 32 on portable"):
+            native_module.PackedWeight(tensor.data_ptr(), tensor.data_ptr(), "float32", 0, 4, 32, 1, 4).integer_gemm(
+                1, 8, 0, 8, 1, "float32", 2, False
+            )
+    finally:
+        native_module.set_isa("")
 
 
 def test_loaded_says_why_it_can_not(monkeypatch):

@@ -17,7 +17,7 @@ def test_the_fastest_is_the_default(monkeypatch, native_module):
     monkeypatch.delenv("NORMTWEAK_BACKEND", raising=False)
     assert which_backend("group_params", *CALL) == "cpp"
     x = torch.zeros(2, 8)
-    arguments = (torch.zeros(1, 4, 16, dtype=torch.int32), torch.ones(1, 4), None, None, 4)
+    arguments = (torch.zeros(1, 4, 16, dtype=torch.int32), torch.ones(1, 4), None, None, 4, "auto")
     assert which_backend("dequant_gemm", x, *arguments) == "cpp"
     assert which_backend("dequant_gemm", x.double(), *arguments) == "reference"
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import packing, registry
+from .. import native, packing, registry
 from . import cpp_kernel, reference  # noqa: F401  (they register their bodies)
 
-torch.library.define("normtweak::dequant_gemm", "(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int bits) -> Tensor")
+torch.library.define(
+    "normtweak::dequant_gemm", "(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int bits, str activations) -> Tensor"
+)
 torch.library.define("normtweak::dequant_gemm_backward", "(Tensor grad, Tensor qweight, Tensor scales, Tensor? zeros, int bits, SymInt k) -> Tensor")
 
 
 @torch.library.impl("normtweak::dequant_gemm", "default")
-def _run(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int) -> Tensor:
-    args = (x, qweight, scales, zeros, bias, bits)
+def _run(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, activations: str) -> Tensor:
+    args = (x, qweight, scales, zeros, bias, bits, activations)
     return registry.select("dequant_gemm", *args).run(*args)
 
 
@@ -29,7 +31,7 @@ def _run_backward(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor |
 
 
 @torch.library.register_fake("normtweak::dequant_gemm")
-def _fake(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int) -> Tensor:
+def _fake(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, activations: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], scales.shape[1]))
 
 
@@ -39,7 +41,7 @@ def _fake_backward(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor 
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, qweight, scales, zeros, _bias, ctx.bits = inputs
+    x, qweight, scales, zeros, _bias, ctx.bits, _activations = inputs
     ctx.k = x.shape[-1]
     ctx.save_for_backward(qweight, scales, zeros)
 
@@ -48,21 +50,34 @@ def _backward(ctx, grad):
     qweight, scales, zeros = ctx.saved_tensors
     grad_x = torch.ops.normtweak.dequant_gemm_backward(grad, qweight, scales, zeros, ctx.bits, ctx.k) if ctx.needs_input_grad[0] else None
     grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
-    return grad_x, None, None, None, grad_bias, None
+    return grad_x, None, None, None, grad_bias, None, None
 
 
 torch.library.register_autograd("normtweak::dequant_gemm", _backward, setup_context=_setup_context)
 
 
-def dequant_gemm(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None = None, bias: Tensor | None = None, *, bits: int) -> Tensor:
+# How x enters the product; see `dequant_gemm`.
+ACTIVATIONS = ("auto", "int16", "int8", "int8_token")
+
+
+def dequant_gemm(
+    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None = None, bias: Tensor | None = None, *, bits: int, activations: str = "auto"
+) -> Tensor:
     """x @ dequant(W)^T + bias for a packed weight [N, K]; differentiable in x and bias.
 
     x: [..., K], float16, bfloat16, float32 or float64; the product is accumulated in float32 (float64 for float64).
     qweight: int32 [ceil(N/16), ceil(K/32) * bits, 16]. scales: float16 or float32 [G, N], G dividing K (G = 1: per channel).
     zeros: uint8 [G, N], or None for the symmetric zero 2**(bits-1). bias: [N] in x's dtype, or None.
-    Returns [..., N] in x's dtype. Raises ValueError for other bits, shapes or dtypes.
+    activations: how x enters the product. "auto": as exactly as its dtype holds it (a CPU may multiply integers of 16 bits, 23 for
+    float32, with a scale for every 64 values of a row). The others are faster and rounded: "int16" with a scale for every 64 values (6e-5
+    of x; differs from "auto" for float32 only), "int8" likewise (6e-3 to 2e-2 of x), "int8_token" with one scale for a row, as
+    SmoothQuant wants it (9e-3 where x is smooth, far more where a few channels are large). The gradient is that of the exact product.
+    A value of x that isn't finite makes its row NaN, or infinite where x is multiplied as it is.
+    Returns [..., N] in x's dtype. Raises ValueError for other bits, shapes, dtypes or activations.
     """
     packing.check_bits("dequant_gemm", bits)
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"dequant_gemm: activations must be one of {', '.join(ACTIVATIONS)}, got {activations}")
     if x.dim() < 1 or not x.is_floating_point():
         raise ValueError(f"dequant_gemm: x must be floating point [..., K], got {x.dtype} {tuple(x.shape)}")
     k = x.shape[-1]
@@ -75,4 +90,38 @@ def dequant_gemm(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | Non
         raise ValueError(f"dequant_gemm: zeros must be uint8 {tuple(scales.shape)} or None, got {zeros.dtype} {tuple(zeros.shape)}")
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype):
         raise ValueError(f"dequant_gemm: bias must be {x.dtype} [{n}] or None, got {bias.dtype} {tuple(bias.shape)}")
-    return torch.ops.normtweak.dequant_gemm(x, qweight, scales, zeros, bias, bits)
+    args = (x, qweight, scales, zeros, bias, bits, activations)
+    return registry.select("dequant_gemm", *args).run(*args) if registry.eager(x, bias) else torch.ops.normtweak.dequant_gemm(*args)
+
+
+class Prepared:
+    """`dequant_gemm` with one weight, whose tensors are checked once: y = prepared(x, bias). For modules that are called for every token."""
+
+    __slots__ = ("_activations", "_bits", "_k", "_tensors", "_weight")
+
+    def __init__(self, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k: int, *, bits: int, activations: str = "auto") -> None:
+        dequant_gemm(scales.new_zeros((0, k), dtype=torch.float32), qweight, scales, zeros, bits=bits, activations=activations)
+        self._tensors, self._k, self._bits, self._activations = (qweight, scales, zeros), k, bits, activations
+        self._weight = cpp_kernel.Weight(qweight, scales, zeros, bits, k) if native.refuses(qweight, scales, zeros) is None else None
+
+    def holds(self, qweight: Tensor, scales: Tensor, zeros: Tensor | None) -> bool:
+        """Whether it was made of these very tensors, where they still are."""
+        mine = self._tensors
+        if mine[0] is not qweight or mine[1] is not scales or mine[2] is not zeros:
+            return False
+        return self._weight is None or self._weight.tensors[0].data_ptr() == qweight.data_ptr()
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K], bias [N] or None -> [..., N], as `dequant_gemm`."""
+        weight = self._weight
+        if (
+            weight is not None
+            and x.is_cpu
+            and x.dtype in native.DTYPES
+            and x.shape[-1:] == (self._k,)
+            and (bias is None or (bias.is_cpu and bias.dtype == x.dtype and bias.shape == (weight.n,)))
+            and registry.forced() in (None, "cpp")
+            and registry.eager(x, bias)
+        ):
+            return cpp_kernel.multiply(x, weight, bias, self._activations)
+        return dequant_gemm(x, *self._tensors, bias, bits=self._bits, activations=self._activations)
