@@ -155,14 +155,16 @@ void bind_integer_gemm(const PackedWeight& weight, int threads, uintptr_t x, uin
 }
 
 void bind_dequantize_panel(const PackedWeight& weight, int threads, int64_t n0, int64_t n1, int64_t k0, int64_t k1,
-                           const std::string& dtype, uintptr_t out) {
+                           int64_t stride, const std::string& dtype, uintptr_t out) {
     const char* op = "dequantize_panel";
     check_size(op, "threads", threads);
     check(0 <= n0 && n0 < n1 && n1 <= weight.n && n0 % kPackedLanes == 0, op, "n0", "a multiple of 16 below n1 <= N",
           n0);
     check(0 <= k0 && k0 < k1 && k1 <= weight.k && k0 % kChunk == 0, op, "k0", "a multiple of 32 below k1 <= K", k0);
+    check(stride >= ceil_div(n1 - n0, kPackedLanes) * kPackedLanes, op, "stride", "n1 - n0, rounded up to 16, or more",
+          stride);
     check(dtype != "float16", op, "dtype", "float32 or bfloat16", dtype);
-    const Panel panel = {n0, n1, k0, k1, parse_dtype(op, dtype), required<void>(op, "out", out)};
+    const Panel panel = {n0, n1, k0, k1, stride, parse_dtype(op, dtype), required<void>(op, "out", out)};
     const Isa isa = current_isa();
     py::gil_scoped_release release;
     dequantize_panel(isa, threads, weight, panel);

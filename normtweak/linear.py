@@ -40,9 +40,8 @@ class PackedLinear(nn.Module):
         """x [..., in_features] -> [..., out_features], in x's dtype, or in autocast's where that is on."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = self._parameters["bias"]
-        if bias is not None:
-            bias = bias.to(x.dtype)
+        parameter = self._parameters["bias"]
+        bias = None if parameter is None else parameter.to(x.dtype)
         # Straight from the dictionary, past nn.Module's attribute lookup: a token costs a call of every linear.
         buffers = cast(dict[str, Tensor], self._buffers)
         weight = buffers["qweight"], buffers["scales"], buffers["zeros"]

@@ -159,11 +159,11 @@ NT_INLINE void store_weight(uint16_t* out, vf value) {
 
 template <int BITS, class T>
 static void panel_lanes(const PackedWeight& w, const Panel& panel, int64_t n) {
-    const int64_t group_size = w.k / w.groups, width = ceil_div(panel.n1 - panel.n0, kPackedLanes) * kPackedLanes;
+    const int64_t group_size = w.k / w.groups, stride = panel.stride;
     int64_t group = panel.k0 / group_size, group_end = (group + 1) * group_size;
     RowGrid grid = row_grid(w, group, n);
     T* out = static_cast<T*>(panel.out) + n - panel.n0;
-    for (int64_t first = panel.k0; first < panel.k1; first += kChunk, out += kChunk * width) {
+    for (int64_t first = panel.k0; first < panel.k1; first += kChunk, out += kChunk * stride) {
         vi words[BITS];
         load_words<BITS>(w, n, first / kChunk, words);
         if (first == group_end) {
@@ -173,7 +173,7 @@ static void panel_lanes(const PackedWeight& w, const Panel& panel, int64_t n) {
         if (first + kChunk <= panel.k1 && first + kChunk <= group_end) {
 #pragma GCC unroll 32
             for (int i = 0; i < kChunk; ++i)
-                store_weight(out + i * width, to_float(code<BITS>(words, i / 4, i % 4) - grid.zero) * grid.scale);
+                store_weight(out + i * stride, to_float(code<BITS>(words, i / 4, i % 4) - grid.zero) * grid.scale);
             continue;
         }
         const int left = static_cast<int>(panel.k1 - first < kChunk ? panel.k1 - first : kChunk);
@@ -183,7 +183,7 @@ static void panel_lanes(const PackedWeight& w, const Panel& panel, int64_t n) {
                 grid = row_grid(w, ++group, n);
                 group_end += group_size;
             }
-            store_weight(out + i * width, to_float(code<BITS>(words, i / 4, i % 4) - grid.zero) * grid.scale);
+            store_weight(out + i * stride, to_float(code<BITS>(words, i / 4, i % 4) - grid.zero) * grid.scale);
         }
     }
 }

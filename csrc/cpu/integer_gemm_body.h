@@ -150,21 +150,19 @@ NT_INLINE RowGrid row_grid(const PackedWeight& w, int64_t group, int64_t n) {
 }
 
 NT_INLINE void copy_run(const void* x, Dtype dtype, int64_t at, int64_t count, float* run) {
-    if (dtype == Dtype::float32) {
+    const uint16_t* halves = static_cast<const uint16_t*>(x) + at;
+    const int64_t whole = dtype == Dtype::float32 ? 0 : count / kLanes * kLanes;
+    if (dtype == Dtype::bfloat16)
+        for (int64_t i = 0; i < whole; i += kLanes) store(run + i, bfloat16_to_float(load<vh>(halves + i)));
+    else if (dtype == Dtype::float16)
+        for (int64_t i = 0; i < whole; i += kLanes) store(run + i, any_half_to_float(load<vh>(halves + i)));
+    else
         for (int64_t i = 0; i < count; ++i) run[i] = static_cast<const float*>(x)[at + i];
-        return;
-    }
-    const uint16_t* values = static_cast<const uint16_t*>(x) + at;
-    for (int64_t i = 0; i + kLanes <= count; i += kLanes) {
-        const vh v = load<vh>(values + i);
-        store(run + i, dtype == Dtype::bfloat16 ? bfloat16_to_float(v) : any_half_to_float(v));
-    }
-    if (count % kLanes) {
-        vh v = {};
-        for (int64_t i = 0; i < count % kLanes; ++i) v[i] = values[count / kLanes * kLanes + i];
-        const vf f = dtype == Dtype::bfloat16 ? bfloat16_to_float(v) : any_half_to_float(v);
-        for (int64_t i = 0; i < count % kLanes; ++i) run[count / kLanes * kLanes + i] = f[i];
-    }
+    if (dtype == Dtype::float32 || whole == count) return;
+    vh v = {};
+    for (int64_t lane = 0; lane < kLanes && whole + lane < count; ++lane) v[lane] = halves[whole + lane];
+    const vf last = dtype == Dtype::bfloat16 ? bfloat16_to_float(v) : any_half_to_float(v);
+    for (int64_t lane = 0; lane < kLanes && whole + lane < count; ++lane) run[whole + lane] = last[lane];
 }
 
 NT_INLINE void store_run(void* y, Dtype dtype, int64_t at, int64_t valid, vf values) {

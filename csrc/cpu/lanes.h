@@ -113,6 +113,9 @@ NT_INLINE vf bfloat16_to_float(vh h) {
     return (vf)(__builtin_convertvector(h, vi) << 16);
 }
 NT_INLINE vf any_half_to_float(vh h) {
+#if NT_LANES >= 8
+    return half_to_float(h);  // the instruction knows infinity and NaN
+#endif
     const vi u = __builtin_convertvector(h, vi), fields = (u & 0x7fff) << 13;
     const vi magnitude = fields < (0x7c00 << 13) ? (vi)((vf)fields * 0x1p112f) : fields | 0x7f800000;
     return (vf)(magnitude | ((u & 0x8000) << 16));

@@ -22,7 +22,7 @@ class DequantGemmCpu:
     float_max_rows: int = 32
     # Rows from which panels of bfloat16 win on processors that multiply it fast, though the kernels of this package keep more of x.
     # On AMX its product is far above any other; beside VNNI (Zen 4 and 5) it is as fast as 16-bit integers, without their scales.
-    bfloat16_panel_rows: int = 512
+    bfloat16_panel_rows: int = 192
     bfloat16_panel_rows_amx: int = 64
     # Small enough for a large cache, large enough that every thread gets work of each and that the threads seldom wait for one another:
     # dequantizing 4096 x 4096 into 4 MB panels takes 3.7 ms, into 8 MB 6.2.

@@ -99,11 +99,15 @@ def test_panels_are_the_dequantized_weight(isa, native_module, n, k, group_size,
     weight = random_weight(n, k, bits, group_size, zeros=True)
     inner = cpp_kernel.Weight(weight.pack(), weight.scales, weight.zeros, bits, k)
     for n0, n1, k0, k1 in {(0, n, 0, k), (n // 32 * 16, n, k // 64 * 32, k), (0, (n + 1) // 2, 0, (k + 1) // 2)}:
-        size = (k1 - k0) * (-(-(n1 - n0) // 16) * 16)
-        guarded = torch.full((size + 64,), torch.nan, dtype=dtype)
-        panel = cpp_kernel._panel(guarded, inner, n0, n1, k0, k1)
-        assert torch.equal(panel, weight.dequantize()[n0:n1, k0:k1].t().to(dtype))
-        assert torch.isnan(guarded[size:]).all()
+        exact = weight.dequantize()[n0:n1, k0:k1].t().to(dtype)
+        assert torch.equal(cpp_kernel._panel(inner, n0, n1, k0, k1, dtype), exact)
+        width = -(-(n1 - n0) // 16) * 16
+        guarded = torch.full(((k1 - k0 + 1) * (width + 3),), torch.nan, dtype=dtype)
+        inner.native.dequantize_panel(2, n0, n1, k0, k1, width + 3, native.DTYPES[dtype], guarded.data_ptr())
+        rows = guarded.view(k1 - k0 + 1, width + 3)
+        assert torch.equal(rows[:-1, : n1 - n0], exact)
+        assert torch.isnan(rows[:-1, width:]).all()
+        assert torch.isnan(rows[-1]).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -111,9 +111,10 @@ def test_the_bindings_check_what_they_get(native_module, index):
     [
         ("dequant_gemm_small", (1, 8, 0, 8, 0), "dequant_gemm: m must be positive, got 0"),
         ("dequant_gemm_small", (1, 0, 0, 8, 1), "dequant_gemm: x must be a tensor's address, got 0"),
-        ("dequantize_panel", (1, 8, 4, 0, 32, "float32", 8), "dequantize_panel: n0 must be a multiple of 16 below n1 <= N, got 8"),
-        ("dequantize_panel", (1, 0, 4, 8, 32, "float32", 8), "dequantize_panel: k0 must be a multiple of 32 below k1 <= K, got 8"),
-        ("dequantize_panel", (1, 0, 4, 0, 32, "float16", 8), "dequantize_panel: dtype must be float32 or bfloat16, got float16"),
+        ("dequantize_panel", (1, 8, 4, 0, 32, 16, "float32", 8), "dequantize_panel: n0 must be a multiple of 16 below n1 <= N, got 8"),
+        ("dequantize_panel", (1, 0, 4, 8, 32, 16, "float32", 8), "dequantize_panel: k0 must be a multiple of 32 below k1 <= K, got 8"),
+        ("dequantize_panel", (1, 0, 4, 0, 32, 16, "float16", 8), "dequantize_panel: dtype must be float32 or bfloat16, got float16"),
+        ("dequantize_panel", (1, 0, 4, 0, 32, 15, "float32", 8), "dequantize_panel: stride must be n1 - n0, rounded up to 16, or more, got 15"),
         ("integer_gemm", (1, 8, 0, 8, 1, "float32", 4, False), "dequant_gemm: planes must be 1, 2 or 3, got 4"),
         ("integer_gemm", (1, 8, 0, 8, 1, "float32", 2, True), "dequant_gemm: planes must be 1 with a scale per token, got 2"),
         ("integer_gemm", (0, 8, 0, 8, 1, "float32", 2, False), "dequant_gemm: threads must be positive, got 0"),
