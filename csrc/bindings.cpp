@@ -170,6 +170,19 @@ void bind_dequantize_panel(const PackedWeight& weight, int threads, int64_t n0, 
     dequantize_panel(isa, threads, weight, panel);
 }
 
+void bind_repack_gptq(int threads, uintptr_t gptq, uintptr_t packed, int64_t n, int64_t k, int bits, bool to_gptq) {
+    const char* op = "repack_gptq";
+    check_size(op, "threads", threads);
+    check_bits(op, bits);
+    check_size(op, "n", n);
+    check_size(op, "k", k);
+    const Repack args = {
+        required<int32_t>(op, "gptq", gptq), required<int32_t>(op, "packed", packed), n, k, bits, to_gptq};
+    const Isa isa = current_isa();
+    py::gil_scoped_release release;
+    repack_gptq(isa, threads, args);
+}
+
 Tokens tokens_of(const char* op, uintptr_t x, const std::string& dtype, uintptr_t mask, int64_t tokens,
                  int64_t channels) {
     check_size(op, "tokens", tokens);
@@ -229,6 +242,7 @@ PYBIND11_MODULE(_native, module) {
         .def("integer_gemm_supported",
              [](const PackedWeight& weight) { return integer_gemm_supported(current_isa(), weight.k, weight.groups); })
         .def("dequantize_panel", &bind_dequantize_panel);
+    module.def("repack_gptq", &bind_repack_gptq);
     module.def("channel_loss", &bind_channel_loss);
     module.def("channel_loss_backward", &bind_channel_loss_backward);
 }

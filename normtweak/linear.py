@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from normtweak_kernels import QuantizedWeight, packing
+from normtweak_kernels import QuantizedWeight, packing, repack_gptq, repack_to_gptq
 from normtweak_kernels.dequant_gemm import Prepared, dequant_gemm
 
 
@@ -24,17 +24,31 @@ class PackedLinear(nn.Module):
     zeros: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, activations: str = "auto") -> None:
+    def __init__(
+        self,
+        qweight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bias: Tensor | None = None,
+        *,
+        bits: int,
+        in_features: int,
+        activations: str = "auto",
+    ) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, scales.shape[1]
+        self.bits, self.group_size = bits, in_features // scales.shape[0]
         self.activations = activations
         self._prepared: Prepared | None = None
-        self.out_features, self.in_features = weight.codes.shape
-        self.bits = weight.bits
-        self.group_size = weight.group_size
-        self.register_buffer("qweight", weight.pack())
-        self.register_buffer("scales", weight.scales.half().contiguous())
-        self.register_buffer("zeros", None if weight.zeros is None else weight.zeros.contiguous())
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scales", scales.half().contiguous())
+        self.register_buffer("zeros", None if zeros is None else zeros.contiguous())
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+
+    @classmethod
+    def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear:
+        """From codes and their parameters; scales are rounded to float16, as checkpoints store them."""
+        return cls(weight.pack(), weight.scales, weight.zeros, bias, bits=weight.bits, in_features=weight.codes.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype, or in autocast's where that is on."""
@@ -61,12 +75,11 @@ class PackedLinear(nn.Module):
 
     def to_gptq(self) -> dict[str, Tensor]:
         """The tensors of a GPTQ v1 checkpoint: qweight, qzeros, scales, g_idx (and bias)."""
-        weight = self.quantized()
-        zeros = torch.full(weight.scales.shape, 2 ** (self.bits - 1), dtype=torch.uint8) if weight.zeros is None else weight.zeros
+        zeros = torch.full(self.scales.shape, 2 ** (self.bits - 1), dtype=torch.uint8) if self.zeros is None else self.zeros
         tensors = {
-            "qweight": packing.pack_gptq(weight.codes, self.bits),
+            "qweight": repack_to_gptq(self.qweight, self.bits, self.out_features, self.in_features),
             "qzeros": packing.pack_gptq_zeros(zeros, self.bits),
-            "scales": weight.scales,
+            "scales": self.scales,
             "g_idx": torch.arange(self.in_features, dtype=torch.int32) // self.group_size,
         }
         return tensors if self.bias is None else tensors | {"bias": self.bias.data}
@@ -77,11 +90,11 @@ class PackedLinear(nn.Module):
         scales = tensors["scales"].half()
         groups, n = scales.shape
         try:
-            codes = packing.unpack_gptq(tensors["qweight"], bits, in_features)
+            qweight = repack_gptq(tensors["qweight"], bits, in_features)
             zeros = packing.unpack_gptq_zeros(tensors["qzeros"], bits, n, v2=v2)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        if codes.shape[0] != n or zeros.shape != scales.shape or in_features % groups:
+        if tensors["qweight"].shape[1] != n or zeros.shape != scales.shape or in_features % groups:
             raise ValueError(
                 f"{name}: qweight, qzeros and scales must belong together, got {tuple(tensors['qweight'].shape)}, "
                 f"{tuple(tensors['qzeros'].shape)}, {tuple(scales.shape)}"
@@ -90,7 +103,7 @@ class PackedLinear(nn.Module):
         if g_idx is not None and not torch.equal(g_idx.int(), torch.arange(in_features, dtype=torch.int32) // (in_features // groups)):
             raise ValueError(f"{name}: g_idx must be k // group_size (act-order without static groups is not supported), got another order")
         symmetric = bool((zeros == 2 ** (bits - 1)).all())
-        return cls(QuantizedWeight(codes, scales, None if symmetric else zeros, bits), tensors.get("bias"))
+        return cls(qweight, scales, None if symmetric else zeros, tensors.get("bias"), bits=bits, in_features=in_features)
 
     def _apply(self, fn, recurse=True):
         scales = self.scales

@@ -90,7 +90,7 @@ def quantize_blocks(
 
             # 10: freeze
             for name, weight in weights.items():
-                replace(block, name, PackedLinear(weight, linears[name].bias))
+                replace(block, name, PackedLinear.from_weight(weight, linears[name].bias))
             block.requires_grad_(False)
 
             # 11-16: tweak; 17: the tweaked quantized output goes on

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ def quantized(n, k, bits, groups, symmetric):
 def test_gptq_round_trip_and_product(bits, symmetric, n, k, groups):
     weight = quantized(n, k, bits, groups, symmetric)
     bias = torch.randn(n)
-    linear = PackedLinear(weight, bias)
+    linear = PackedLinear.from_weight(weight, bias)
     again = PackedLinear.from_gptq("x", linear.to_gptq(), bits, k)
     assert torch.equal(again.quantized().codes, weight.codes)
     assert torch.equal(again.scales, weight.scales)
@@ -33,20 +35,20 @@ def test_gptq_round_trip_and_product(bits, symmetric, n, k, groups):
 
 
 def test_scales_keep_their_precision_through_to():
-    linear = PackedLinear(quantized(8, 32, 4, 1, True), torch.randn(8)).to(torch.bfloat16)
+    linear = PackedLinear.from_weight(quantized(8, 32, 4, 1, True), torch.randn(8)).to(torch.bfloat16)
     assert linear.scales.dtype == torch.float16
     assert linear.bias.dtype == torch.bfloat16
     assert linear(torch.randn(2, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_autocast_gives_the_autocast_dtype():
-    linear = PackedLinear(quantized(8, 32, 4, 1, True))
+    linear = PackedLinear.from_weight(quantized(8, 32, 4, 1, True))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(torch.randn(2, 32)).dtype == torch.bfloat16
 
 
 def test_gradient_reaches_x():
-    linear = PackedLinear(quantized(8, 32, 4, 2, False))
+    linear = PackedLinear.from_weight(quantized(8, 32, 4, 2, False))
     x = torch.randn(4, 32, requires_grad=True)
     linear(x).square().sum().backward()
     weight = linear.quantized().dequantize()
@@ -54,10 +56,10 @@ def test_gradient_reaches_x():
 
 
 def test_tensors_that_do_not_fit_together_are_named():
-    tensors = PackedLinear(quantized(8, 64, 4, 2, False)).to_gptq()
+    tensors = PackedLinear.from_weight(quantized(8, 64, 4, 2, False)).to_gptq()
     with pytest.raises(ValueError, match=r"layer.q: g_idx must be k // group_size"):
         PackedLinear.from_gptq("layer.q", tensors | {"g_idx": torch.zeros(64, dtype=torch.int32)}, 4, 64)
-    with pytest.raises(ValueError, match=r"layer.q: unpack_gptq: qweight must be int32 \[16, N\]"):
+    with pytest.raises(ValueError, match=r"layer.q: repack_gptq: qweight must be int32 \[16, N\]"):
         PackedLinear.from_gptq("layer.q", tensors, 4, 128)
     with pytest.raises(ValueError, match=r"layer.q: unpack_gptq_zeros"):
         PackedLinear.from_gptq("layer.q", tensors | {"qzeros": tensors["qzeros"][:, :-1]}, 4, 64)
@@ -68,3 +70,23 @@ def test_replace_and_list():
     assert list(quantizable_linears(root)) == ["0.0", "1"]
     replace(root, "0.0", nn.Identity())
     assert list(quantizable_linears(root)) == ["1"]
+
+
+def test_a_copy_has_its_own_weight():
+    linear = PackedLinear.from_weight(quantized(8, 32, 4, 1, True))
+    x = torch.randn(3, 32)
+    before = linear(x)
+    twin = copy.deepcopy(linear)
+    linear.qweight.zero_()
+    assert torch.equal(twin(x), before)
+    assert not torch.equal(linear(x), before)
+
+
+def test_a_buffer_that_is_replaced_is_seen():
+    linear, other = PackedLinear.from_weight(quantized(8, 32, 4, 1, True)), PackedLinear.from_weight(quantized(8, 32, 4, 1, True))
+    x = torch.randn(3, 32)
+    linear(x)
+    linear.qweight, linear.scales = other.qweight, other.scales
+    assert torch.equal(linear(x), other(x))
+    linear.scales.mul_(2)
+    torch.testing.assert_close(linear(x), other(x))  # shared, so both doubled

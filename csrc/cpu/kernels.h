@@ -83,14 +83,24 @@ struct IntegerGemm {
 };
 bool integer_gemm_supported(Isa isa, int64_t k, int64_t groups);
 void integer_gemm(Isa isa, int threads, const IntegerGemm& args);
-// dequant(W)[n0:n1, k0:k1] transposed: out [k1 - k0, ceil((n1 - n0) / 16) * 16], rows `stride` values apart, n0 a multiple
-// of 16 and k0 of 32. Lanes past n1 get any finite value.
+// dequant(W)[n0:n1, k0:k1] transposed: out [k1 - k0, ceil((n1 - n0) / 16) * 16], rows `stride` values apart, n0 a
+// multiple of 16 and k0 of 32. Lanes past n1 get any finite value.
 struct Panel {
     int64_t n0, n1, k0, k1, stride;
     Dtype dtype;  // float32 or bfloat16
     void* out;
 };
 void dequantize_panel(Isa isa, int threads, const PackedWeight& weight, const Panel& panel);
+
+// Between GPTQ's words [ceil(k * bits / 32), n] and the packed ones [ceil(n/16), ceil(k/32) * bits, 16].
+struct Repack {
+    int32_t* gptq;
+    int32_t* packed;
+    int64_t n, k;
+    int bits;
+    bool to_gptq;  // or from it
+};
+void repack_gptq(Isa isa, int threads, const Repack& args);
 
 // x [tokens, channels], mask [tokens] or null.
 struct Tokens {

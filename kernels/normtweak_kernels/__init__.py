@@ -6,6 +6,7 @@ from .dequant_gemm import dequant_gemm
 from .gptq_block_update import gptq_block_update
 from .group_params import group_params
 from .registry import which_backend
+from .repack_gptq import repack_gptq, repack_to_gptq
 
 __all__ = [
     "ChannelStatistics",
@@ -14,5 +15,7 @@ __all__ = [
     "dequant_gemm",
     "gptq_block_update",
     "group_params",
+    "repack_gptq",
+    "repack_to_gptq",
     "which_backend",
 ]
