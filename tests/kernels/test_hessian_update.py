@@ -1,7 +1,7 @@
 import pytest
 import torch
-from accuracy import assert_accurate
 
+from accuracy import assert_accurate
 from normtweak_kernels import hessian_update, mirror_lower
 from normtweak_kernels.hessian_update import cpp_kernel, reference
 

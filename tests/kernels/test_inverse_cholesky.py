@@ -2,8 +2,8 @@ import functools
 
 import pytest
 import torch
-from accuracy import assert_accurate
 
+from accuracy import assert_accurate
 from normtweak_kernels import inverse_cholesky
 from normtweak_kernels.inverse_cholesky import reference
 
