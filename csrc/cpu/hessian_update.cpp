@@ -1,7 +1,7 @@
 #include "gemm.h"
 #include "kernels.h"
 
-#define NT_BODY "hessian_update_body.h"
+#define NT_BODY "gemm_body.h"
 #include "foreach_isa.h"
 
 #if defined(__x86_64__)

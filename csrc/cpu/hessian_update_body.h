@@ -1,1 +1,0 @@
-#include "gemm_body.h"
