@@ -3,8 +3,9 @@ import functools
 import pytest
 import torch
 
-from normtweak_kernels import affine, gptq_block_update, gptq_solve, group_params, inverse_cholesky
+from normtweak_kernels import affine, gptq_block_update, gptq_solve, group_params
 from normtweak_kernels.gptq_solve import reference
+from normtweak_kernels.inverse_cholesky import reference as factor
 
 # [N, K, group size]; the C++ body's panels are 12 to 32 rows, its leaves 16 columns, its products 240 columns and 256 deep.
 SHAPES = [(200, 576, 64), (90, 1536, -1), (333, 321, 107), (600, 96, 8)]
@@ -21,13 +22,14 @@ def _one_thread():
 
 @functools.cache
 def problem(n, k, ordered):
-    """A weight, the Hessian of correlated activations in their order, its inverse's factor (float32) and the order."""
+    """A weight, the damped Hessian of correlated activations, its inverse's factor (float32 and float64) and the columns' order."""
     torch.manual_seed(4)
     x = torch.randn(2 * k, k) @ (torch.eye(k) + 0.5 * torch.randn(k, k) / k**0.5) * torch.linspace(0.3, 2, k)
     hessian = x.t() @ x / len(x)
     order = torch.argsort(hessian.diagonal(), descending=True) if ordered else None
     damping = torch.full((k,), 0.01 * hessian.diagonal().mean().item())
-    return torch.randn(n, k), hessian.double() + torch.diag(damping), inverse_cholesky(hessian, damping, order=order)[0], order
+    hinv, exact = (factor.inverse_cholesky(hessian.to(t), damping.to(t), order)[0] for t in (torch.float32, torch.float64))
+    return torch.randn(n, k), hessian.double() + torch.diag(damping), hinv, exact, order
 
 
 @functools.cache
@@ -45,7 +47,7 @@ def objective(weight, codes, scales, zeros, bits, hessian):
 @pytest.mark.parametrize(("bits", "symmetric", "clip_steps"), [(2, False, 8), (3, True, 0), (4, True, 8), (8, False, 0)])
 @pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
 def test_objective_is_the_exact_reference_s(body, monkeypatch, n, k, group_size, bits, symmetric, clip_steps, ordered):
-    weight, hessian, hinv, order = problem(n, k, ordered)
+    weight, hessian, hinv, _, order = problem(n, k, ordered)
     scales, zeros = grids(n, k, group_size, bits, symmetric, clip_steps, ordered)
     before = weight.clone()
     codes = gptq_solve(weight, hinv, scales, zeros, bits=bits, order=order)
@@ -61,9 +63,9 @@ def test_objective_is_the_exact_reference_s(body, monkeypatch, n, k, group_size,
 
 @functools.cache
 def exact_codes(n, k, group_size, bits, symmetric, clip_steps, ordered):
-    weight, _, hinv, order = problem(n, k, ordered)
+    weight, _, _, hinv, order = problem(n, k, ordered)
     scales, zeros = grids(n, k, group_size, bits, symmetric, clip_steps, ordered)
-    return reference.gptq_solve(weight.double(), hinv.double(), scales.double(), zeros, order, bits, 128)
+    return reference.gptq_solve(weight.double(), hinv, scales.double(), zeros, order, bits, 128)
 
 
 @pytest.mark.parametrize(("n", "k", "groups"), [(1, 1, 1), (5, 7, 7), (33, 16, 2), (13, 17, 1), (40, 255, 5)])
@@ -80,7 +82,7 @@ def test_small_and_odd_shapes(body, n, k, groups):
 
 def test_is_all_blocks_of_gptq_block_update(isa):
     n, k, group_size = SHAPES[0]
-    weight, _, hinv, _ = problem(n, k, False)
+    weight, _, hinv, _, _ = problem(n, k, False)
     scales, zeros = grids(n, k, group_size, 4, True, 0, False)
     work, codes = weight.clone(), torch.full((n, k), 255, dtype=torch.uint8)
     index = (torch.arange(k) // group_size).int()
@@ -92,7 +94,7 @@ def test_is_all_blocks_of_gptq_block_update(isa):
 @pytest.mark.parametrize("block_size", [1, 100, 576, 10_000])
 def test_the_block_size_moves_only_roundings(monkeypatch, block_size):
     monkeypatch.setenv("NORMTWEAK_BACKEND", "reference")
-    weight, _, hinv, order = problem(*SHAPES[0][:2], True)
+    weight, _, hinv, _, order = problem(*SHAPES[0][:2], True)
     scales, zeros = grids(*SHAPES[0], 3, True, 0, True)
     codes = [gptq_solve(weight, hinv, scales, zeros, bits=3, order=order, block_size=size) for size in (128, block_size)]
     assert (codes[0] != codes[1]).float().mean() < 0.02
@@ -100,7 +102,7 @@ def test_the_block_size_moves_only_roundings(monkeypatch, block_size):
 
 def test_non_contiguous_inputs(body):
     n, k, group_size = 40, 64, 16
-    weight, _, hinv, order = problem(n, k, True)
+    weight, _, hinv, _, order = problem(n, k, True)
     scales, zeros = grids(n, k, group_size, 4, False, 0, True)
     want = gptq_solve(weight, hinv, scales, zeros, bits=4, order=order)
     strided = [tensor.t().contiguous().t() for tensor in (weight, hinv, scales, zeros)]
@@ -110,7 +112,7 @@ def test_non_contiguous_inputs(body):
 
 def test_result_is_independent_of_threads(isa):
     n, k, group_size = SHAPES[2]
-    weight, _, hinv, order = problem(n, k, True)
+    weight, _, hinv, _, order = problem(n, k, True)
     scales, zeros = grids(n, k, group_size, 3, False, 0, True)
     results = []
     for count in (1, 2, 3):
