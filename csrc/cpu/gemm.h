@@ -1,9 +1,9 @@
 // Products of matrices, C = sign A B or C += sign A B, in tiles that are computed independently of one another: any
 // split of the tiles over threads gives the same sums. gemm_body.h computes a tile.
 //
-// Why not the BLAS in torch: on a Zen 5 core its float32 product runs at 90 GFLOP/s where these tiles reach 140 to 200, and
-// it neither leaves out triangles (half of a Hessian, a third of a triangular inverse) nor keeps rows in a cache between
-// GPTQ's blocks.
+// Why not the BLAS in torch: on a Zen 5 core its float32 product runs at 90 GFLOP/s where these tiles reach 140 to 200,
+// and it neither leaves out triangles (half of a Hessian, a third of a triangular inverse) nor keeps rows in a cache
+// between GPTQ's blocks.
 #pragma once
 
 #include <algorithm>
