@@ -64,10 +64,19 @@ void bind_group_params(int threads, uintptr_t weight, uintptr_t importance, int6
     group_params(isa, threads, args);
 }
 
+// Columns in another order: a permutation of 0 .. k - 1.
+void check_order(const char* op, const int64_t* order, int64_t k) {
+    std::vector<bool> seen(static_cast<size_t>(k));
+    for (int64_t i = 0; i < k; ++i) {
+        check(order[i] >= 0 && order[i] < k && !seen[static_cast<size_t>(order[i])], op, "order",
+              "a permutation of the columns", order[i]);
+        seen[static_cast<size_t>(order[i])] = true;
+    }
+}
+
 void bind_gptq_block_update(int threads, uintptr_t weight, uintptr_t hinv, uintptr_t codes, uintptr_t scales,
-                            uintptr_t zeros, uintptr_t group_index, uintptr_t errors, int64_t n, int64_t k,
-                            int64_t groups, int64_t start, int64_t stop, int bits, bool symmetric, int64_t clip_steps,
-                            double min_clip) {
+                            uintptr_t zeros, uintptr_t group_index, int64_t n, int64_t k, int64_t groups, int64_t start,
+                            int64_t stop, int bits, bool symmetric, int64_t clip_steps, double min_clip) {
     const char* op = "gptq_block_update";
     check_size(op, "threads", threads);
     check_size(op, "n", n);
@@ -83,22 +92,85 @@ void bind_gptq_block_update(int threads, uintptr_t weight, uintptr_t hinv, uintp
         check(start % (k / groups) == 0 && stop % (k / groups) == 0, op, "start, stop", "multiples of the group size",
               start);
     }
-    const GptqBlock args = {required<float>(op, "weight", weight),
+    auto* values = required<float>(op, "weight", weight);
+    const GptqBlock args = {values,
+                            nullptr,
                             required<float>(op, "hinv", hinv),
                             required<uint8_t>(op, "codes", codes),
                             required<float>(op, "scales", scales),
                             required<uint8_t>(op, "zeros", zeros),
                             index,
-                            required<float>(op, "errors", errors),
+                            values,
                             n,
                             k,
                             groups,
                             start,
                             stop,
-                            grid_rule(op, bits, symmetric, clip_steps, min_clip)};
+                            grid_rule(op, bits, symmetric, clip_steps, min_clip),
+                            !index};
     const Isa isa = current_isa();
     py::gil_scoped_release release;
     gptq_block_update(isa, threads, args);
+}
+
+void bind_gptq_solve(int threads, uintptr_t weight, uintptr_t hinv, uintptr_t scales, uintptr_t zeros, uintptr_t order,
+                     uintptr_t codes, int64_t n, int64_t k, int64_t groups, int bits) {
+    const char* op = "gptq_solve";
+    check_size(op, "threads", threads);
+    check_size(op, "n", n);
+    check_size(op, "k", k);
+    check(groups > 0 && k % groups == 0, op, "groups", "a divisor of K", groups);
+    const auto* columns = pointer<int64_t>(order);
+    if (columns) check_order(op, columns, k);
+    // The grids are only read.
+    const GptqBlock args = {required<float>(op, "weight", weight),
+                            columns,
+                            required<float>(op, "hinv", hinv),
+                            required<uint8_t>(op, "codes", codes),
+                            required<float>(op, "scales", scales),
+                            required<uint8_t>(op, "zeros", zeros),
+                            nullptr,
+                            nullptr,
+                            n,
+                            k,
+                            groups,
+                            0,
+                            k,
+                            grid_rule(op, bits, false, 0, 1.0),
+                            false};
+    const Isa isa = current_isa();
+    py::gil_scoped_release release;
+    gptq_block_update(isa, threads, args);
+}
+
+bool bind_inverse_cholesky(int threads, uintptr_t hessian, uintptr_t damping, uintptr_t order, uintptr_t factor,
+                           int64_t k) {
+    const char* op = "inverse_cholesky";
+    check_size(op, "threads", threads);
+    check_size(op, "k", k);
+    const auto* columns = pointer<int64_t>(order);
+    if (columns) check_order(op, columns, k);
+    const InverseCholesky args = {required<float>(op, "hessian", hessian), required<float>(op, "damping", damping),
+                                  columns, required<float>(op, "factor", factor), k};
+    const Isa isa = current_isa();
+    py::gil_scoped_release release;
+    return inverse_cholesky(isa, threads, args);
+}
+
+void bind_hessian_update(int threads, uintptr_t hessian, uintptr_t x, const std::string& dtype, int64_t tokens,
+                         int64_t channels) {
+    const char* op = "hessian_update";
+    check_size(op, "threads", threads);
+    check_size(op, "tokens", tokens);
+    check_size(op, "channels", channels);
+    const Isa isa = current_isa();
+    const Dtype type = parse_dtype(op, dtype);
+    check(type == Dtype::float32 || (type == Dtype::bfloat16 && hessian_bfloat16(isa)), op, "dtype",
+          "one that this processor multiplies", dtype);
+    auto* sums = required<float>(op, "hessian", hessian);
+    const auto* values = required<void>(op, "x", x);
+    py::gil_scoped_release release;
+    hessian_update(isa, threads, values, type, sums, tokens, channels);
 }
 
 PackedWeight packed_weight(uintptr_t words, uintptr_t scales, const std::string& scale_dtype, uintptr_t zeros,
@@ -230,6 +302,11 @@ PYBIND11_MODULE(_native, module) {
     module.def("has_amx", &has_amx, "Whether the processor multiplies tiles of bfloat16");
     module.def("group_params", &bind_group_params);
     module.def("gptq_block_update", &bind_gptq_block_update);
+    module.def("gptq_solve", &bind_gptq_solve);
+    module.def("inverse_cholesky", &bind_inverse_cholesky);
+    module.def("hessian_update", &bind_hessian_update);
+    module.def(
+        "hessian_bfloat16", [] { return hessian_bfloat16(current_isa()); }, "Whether hessian_update takes bfloat16");
     py::class_<PackedWeight>(module, "PackedWeight", "The addresses and shape of a packed weight; doesn't own them")
         .def(py::init(&packed_weight), py::arg("words"), py::arg("scales"), py::arg("scale_dtype"), py::arg("zeros"),
              py::arg("n"), py::arg("k"), py::arg("groups"), py::arg("bits"))

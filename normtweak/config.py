@@ -94,7 +94,8 @@ class QuantizeConfig:
 
     bits: 2, 3, 4 or 8. group_size: columns that share a scale, or -1 for one scale per output row. symmetric: codes centred on zero.
     method: "gptq" or "rtn". damp_percent: fraction of the Hessian's mean diagonal that is added to it. act_order: quantize the columns
-    with the largest Hessian diagonal first (groups stay where they are: static groups). block_size: columns per GPTQ block.
+    with the largest Hessian diagonal first (groups stay where they are: static groups). block_size: columns per GPTQ block, where
+    the solve goes by blocks of one width (on a CPU with native kernels it doesn't).
     clip_steps: candidates of the clip search, 0 for plain min-max ranges.
     tweak: how norms are tweaked, or None to leave them. compute_dtype: "auto", "float32" or "bfloat16", in which activations are multiplied.
     """

@@ -25,13 +25,14 @@ NT_INLINE vf steps_from_zero(vf w, const Grid& grid, float levels) {
     return round_even(min(max(w / grid.scale, -grid.zero), levels - grid.zero));
 }
 
-static vf squared_error(const float* columns, int64_t count, const float* importance, const Grid& grid, float levels) {
+static vf squared_error(const float* columns, int64_t stride, int64_t count, const float* importance, const Grid& grid,
+                        float levels) {
     vf total = {};
     for (int64_t first = 0; first < count; first += kPartialSum) {
         const int64_t last = first + kPartialSum < count ? first + kPartialSum : count;
         vf sum = {};
         for (int64_t c = first; c < last; ++c) {
-            const vf w = load<vf>(columns + c * kLanes);
+            const vf w = load<vf>(columns + c * stride);
             const vf d = steps_from_zero(w, grid, levels) * grid.scale - w;
             sum += importance ? d * d * importance[c] : d * d;
         }
@@ -40,10 +41,12 @@ static vf squared_error(const float* columns, int64_t count, const float* import
     return total;
 }
 
-static Grid find_grid(const float* columns, int64_t count, const float* importance, const GridRule& rule) {
+// columns: kLanes rows of column c at columns + c * stride.
+static Grid find_grid(const float* columns, int64_t stride, int64_t count, const float* importance,
+                      const GridRule& rule) {
     vf low = {}, high = {};
     for (int64_t c = 0; c < count; ++c) {
-        const vf w = load<vf>(columns + c * kLanes);
+        const vf w = load<vf>(columns + c * stride);
         low = min(low, w);
         high = max(high, w);
     }
@@ -54,12 +57,12 @@ static Grid find_grid(const float* columns, int64_t count, const float* importan
     Grid best = grid_at(low, high, 1.0f, rule);
     if (rule.clip_steps == 0) return best;
     const float levels = static_cast<float>((1 << rule.bits) - 1);
-    vf best_error = squared_error(columns, count, importance, best, levels);
+    vf best_error = squared_error(columns, stride, count, importance, best, levels);
     for (int64_t step = 1; step <= rule.clip_steps; ++step) {
         const double factor =
             1.0 - static_cast<double>(step) * (1.0 - rule.min_clip) / static_cast<double>(rule.clip_steps);
         const Grid grid = grid_at(low, high, static_cast<float>(factor), rule);
-        const vf error = squared_error(columns, count, importance, grid, levels);
+        const vf error = squared_error(columns, stride, count, importance, grid, levels);
         const auto better = error < best_error;
         best_error = better ? error : best_error;
         best.scale = better ? grid.scale : best.scale;

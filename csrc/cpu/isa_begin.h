@@ -1,4 +1,5 @@
-// From here to isa_end.h, functions are compiled for the instruction set that NT_LANES, NT_VNNI and NT_DOTPROD name.
+// From here to isa_end.h, functions are compiled for the instruction set that NT_LANES, NT_VNNI, NT_BFLOAT16_PAIRS and
+// NT_DOTPROD name.
 // The strings stand here in full because GCC expands no macro in these pragmas.
 #if !defined(__clang__)
 #pragma GCC push_options
@@ -14,6 +15,13 @@
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c,avxvnni")
+#endif
+#elif NT_LANES == 16 && defined(NT_BFLOAT16_PAIRS)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")
 #endif
 #elif NT_LANES == 16 && !defined(NT_VNNI)
 #if defined(__clang__)

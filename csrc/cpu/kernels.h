@@ -41,20 +41,41 @@ struct GroupParams {
 };
 void group_params(Isa isa, int threads, const GroupParams& args);
 
-// Columns [start, stop) of weight [n, k]; errors [stop - start, n] is column-major, as the vectors run across rows.
-// With group_index [k], scales and zeros [groups, n] are read, else written.
+// Columns [start, stop) of weight [n, k]; with order [k], column j is the one that stands at order[j] in weight and
+// codes. Groups' grids, scales and zeros [groups, n], are found and written with find_grids, else read: column j's
+// group is group_index[j], or without that the one in whose k / groups columns of weight it stands. updated [n, k], or
+// null: the quantized values, and in the columns after them the weight less their errors.
 struct GptqBlock {
-    float* weight;
+    const float* weight;
+    const int64_t* order;
     const float* hinv;
     uint8_t* codes;
     float* scales;
     uint8_t* zeros;
     const int32_t* group_index;
-    float* errors;
+    float* updated;
     int64_t n, k, groups, start, stop;
     GridRule rule;
+    bool find_grids;
 };
 void gptq_block_update(Isa isa, int threads, const GptqBlock& args);
+
+// hessian [k, k] symmetric, damping [k] for its diagonal, order [k] or null: H(i, j) = hessian(order[i], order[j]).
+// factor [k, k]: the upper triangular R^-1, where H = R R^T. False when H is not positive definite; factor is undefined
+// then.
+struct InverseCholesky {
+    const float* hessian;
+    const float* damping;
+    const int64_t* order;
+    float* factor;
+    int64_t k;
+};
+bool inverse_cholesky(Isa isa, int threads, const InverseCholesky& args);
+
+// The lower triangle of hessian [channels, channels] += x^T x, x [tokens, channels] float32, or bfloat16 where
+// hessian_bfloat16 says so.
+bool hessian_bfloat16(Isa isa);
+void hessian_update(Isa isa, int threads, const void* x, Dtype dtype, float* hessian, int64_t tokens, int64_t channels);
 
 // words [ceil(n/16), ceil(k/32) * bits, 16], scales [groups, n] float16 or float32, zeros [groups, n] or null.
 struct PackedWeight {

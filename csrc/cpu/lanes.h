@@ -129,6 +129,47 @@ NT_INLINE vh any_float_to_half(vf v) {
     return __builtin_convertvector(((u >= 0x477ff000 ? special : finite) | ((all >> 16) & 0x8000)) & 0xffff, vh);
 }
 
+// The first, or the last, halves of two vectors, lane by lane in turn.
+#if defined(__clang__)
+#define NT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define NT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+NT_INLINE vf interleave_first(vf a, vf b) {
+#if NT_LANES == 16
+    return NT_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif NT_LANES == 8
+    return NT_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+    return NT_SHUFFLE(a, b, 0, 4, 1, 5);
+#endif
+}
+NT_INLINE vf interleave_last(vf a, vf b) {
+#if NT_LANES == 16
+    return NT_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif NT_LANES == 8
+    return NT_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+    return NT_SHUFFLE(a, b, 2, 6, 3, 7);
+#endif
+}
+#undef NT_SHUFFLE
+
+// kLanes vectors as a matrix's rows become its columns: each round is a perfect shuffle of the whole.
+NT_INLINE void transpose(vf* rows) {
+#pragma GCC unroll 4
+    for (int64_t round = 1; round < kLanes; round *= 2) {
+        vf shuffled[kLanes];
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kLanes / 2; ++i) {
+            shuffled[2 * i] = interleave_first(rows[i], rows[i + kLanes / 2]);
+            shuffled[2 * i + 1] = interleave_last(rows[i], rows[i + kLanes / 2]);
+        }
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; ++i) rows[i] = shuffled[i];
+    }
+}
+
 // `valid` of kLanes rows of a row-major matrix -> columns [count][kLanes], zero in the lanes past `valid`.
 NT_INLINE void load_columns(const float* rows, int64_t stride, int64_t valid, int64_t count, float* columns) {
     for (int64_t lane = 0; lane < kLanes; ++lane)

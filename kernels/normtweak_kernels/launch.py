@@ -38,3 +38,14 @@ DEQUANT_GEMM_CPU = {
     # Not measured on such a processor: what avx2_vnni, whose instructions are the nearest, was found to want.
     "dotprod": DequantGemmCpu(integer_max_rows=sys.maxsize, integer_max_rows_8bit=64),
 }
+
+
+@dataclass(frozen=True)
+class HessianUpdateCpu:
+    """CPU body of hessian_update that goes through torch's matrix products."""
+
+    # A strip computes its whole last square, half of it in vain: 1/8 more than the triangle at K = 4096, with products still wide.
+    strip_rows: int = 512
+
+
+HESSIAN_UPDATE_CPU = HessianUpdateCpu()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from normtweak_kernels import QuantizedWeight, gptq_block_update, group_params
+from normtweak_kernels import QuantizedWeight, gptq_solve, group_params, hessian_update, inverse_cholesky, mirror_lower
 
 from ..config import QuantizeConfig
 
@@ -59,7 +59,7 @@ class HessianCollector:
             if name not in self._leader:
                 raise ValueError(f"gptq: every linear must see calibration tokens, got none for {name}")
             groups.setdefault(self._leader[name], []).append(name)
-        return [(names, self._sums.pop(leader) / self._tokens[leader]) for leader, names in groups.items()]
+        return [(names, mirror_lower(self._sums.pop(leader).div_(self._tokens[leader]))) for leader, names in groups.items()]
 
     def _hook(self, name: str):
         def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -77,21 +77,8 @@ class HessianCollector:
         if name not in self._sums:
             self._sums[name] = torch.zeros(k, k, device=x.device)
             self._tokens[name] = 0
-        # A bfloat16 product accumulated in bfloat16 makes the Hessian indefinite; float32 inputs that are bfloat16 values may be multiplied as such.
-        with _matmul_precision("medium" if x.dtype == torch.bfloat16 else "highest"):
-            x = x.float()
-            self._sums[name].addmm_(x.t(), x)
+        hessian_update(self._sums[name], x)
         self._tokens[name] += x.shape[0]
-
-
-@contextmanager
-def _matmul_precision(name: str):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class Solver:
@@ -104,54 +91,41 @@ class Solver:
         # makes perplexity worse than no search (61 against 52), with them far better (44).
         self.importance = diagonal / diagonal.mean()
         self.dead = diagonal == 0
-        hessian = hessian + torch.diag(self.dead.to(hessian.dtype))
-        self.order = (
-            torch.argsort(diagonal, descending=True, stable=True) if config.act_order else torch.arange(len(diagonal), device=diagonal.device)
-        )
-        self.hinv = inverse_factor(hessian[self.order][:, self.order], config.damp_percent, name)
+        self.order = torch.argsort(diagonal, descending=True, stable=True) if config.act_order else None
+        self.hinv = inverse_factor(hessian, config.damp_percent, name, self.order)
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
         """Codes of a weight [N, K] that minimise tr((W - Q) H (W - Q)^T), greedily."""
         config = self.config
-        weight = weight.detach().float().masked_fill(self.dead, 0.0)
-        n, k = weight.shape
-        group_size = k if config.group_size == -1 else config.group_size
+        weight = weight.detach().float()
+        if self.dead.any():
+            weight = weight.masked_fill(self.dead, 0.0)
         # Static groups: grids are found on the weights as they are, in their own order, so that a checkpoint needs no g_idx.
         scales, zeros = group_params(
             weight,
             bits=config.bits,
-            group_size=group_size,
+            group_size=config.group_size,
             symmetric=config.symmetric,
             clip_steps=config.clip_steps,
             importance=self.importance,
         )
-        group_index = (self.order // group_size).to(torch.int32)
-        work = weight[:, self.order].contiguous()
-        codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
-        for start in range(0, k, config.block_size):
-            stop = min(start + config.block_size, k)
-            gptq_block_update(
-                work, self.hinv, codes, scales, zeros, start, stop, bits=config.bits, group_index=group_index, symmetric=config.symmetric
-            )
-        codes[:, self.order] = codes.clone()
+        codes = gptq_solve(weight, self.hinv, scales, zeros, bits=config.bits, order=self.order, block_size=config.block_size)
         return QuantizedWeight(codes, scales.half(), None if config.symmetric else zeros, config.bits)
 
 
-def inverse_factor(hessian: Tensor, damp_percent: float, name: str) -> Tensor:
-    """The upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1, float32 [K, K].
+def inverse_factor(hessian: Tensor, damp_percent: float, name: str, order: Tensor | None = None) -> Tensor:
+    """The upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1, float32 [K, K], H's rows and columns in `order`.
 
-    From one Cholesky factor of the flipped Hessian and one triangular inverse: with J the flip, J H J = L L^T gives U = J L^-1 J.
-    When the factorisation fails the damping is raised tenfold and a warning says so. Raises ValueError when damping 1.0 doesn't help.
+    An input that is always zero gets 1 on H's diagonal instead. When the factorisation fails the damping is raised tenfold and a
+    warning says so. Raises ValueError when damping 1.0 doesn't help.
     """
-    identity = torch.eye(hessian.shape[0], device=hessian.device)
-    mean = hessian.diagonal().mean()
+    diagonal = hessian.diagonal()
+    dead = (diagonal == 0).to(hessian.dtype)
+    mean = (diagonal + dead).mean()
     while damp_percent <= 1.0:
-        damped = hessian + identity * (damp_percent * mean)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if info.item() == 0:
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            if torch.isfinite(inverse).all():
-                return inverse.flip(0, 1).contiguous()
+        factor, found = inverse_cholesky(hessian, dead + damp_percent * mean, order=order)
+        if found:
+            return factor
         again = f"trying {damp_percent * 10:g}" if damp_percent * 10 <= 1.0 else "giving up"
         logger.warning("gptq: the Hessian of %s is not positive definite with damping %g; %s", name, damp_percent, again)
         damp_percent *= 10

@@ -7,7 +7,19 @@ CALL = (torch.zeros(2, 32), None, 32, 4, True, 0)
 
 
 def test_every_op_has_a_reference_and_a_cpp_body(monkeypatch, native_module):
-    assert registry.ops() == ["channel_loss", "channel_loss_backward", "dequant_gemm", "dequant_gemm_backward", "gptq_block_update", "group_params"]
+    assert registry.ops() == [
+        "channel_loss",
+        "channel_loss_backward",
+        "dequant_gemm",
+        "dequant_gemm_backward",
+        "gptq_block_update",
+        "gptq_solve",
+        "group_params",
+        "hessian_update",
+        "inverse_cholesky",
+        "repack_gptq",
+        "repack_to_gptq",
+    ]
     for backend in ("reference", "cpp"):
         monkeypatch.setenv("NORMTWEAK_BACKEND", backend)
         assert which_backend("group_params", *CALL) == backend

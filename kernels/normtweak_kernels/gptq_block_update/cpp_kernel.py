@@ -1,4 +1,4 @@
-"""gptq_block_update on the CPU: the loop in csrc/cpu/gptq_block_update.cpp, the trailing update by torch's BLAS."""
+"""gptq_block_update on the CPU: csrc/cpu/gptq_block_update.cpp."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ def gptq_block_update(
     if n == 0:
         return
     group_index = None if group_index is None else group_index.contiguous()
-    errors = torch.empty(stop - start, n)
     native.loaded().gptq_block_update(
         torch.get_num_threads(), native.address(weight), native.address(hinv), native.address(codes), native.address(scales), native.address(zeros),
-        native.address(group_index), native.address(errors), n, k, scales.shape[0], start, stop, bits, symmetric, clip_steps, affine.MIN_CLIP,
+        native.address(group_index), n, k, scales.shape[0], start, stop, bits, symmetric, clip_steps, affine.MIN_CLIP,
     )  # fmt: skip
-    if stop < k:
-        weight[:, stop:].addmm_(errors.t(), hinv[start:stop, stop:], alpha=-1)
