@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.normtweak-setup-$(if $(shell command -v $${CXX:-c++}),native,plain)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow lint format types bench wheel clean
+.PHONY: help setup demo test slow lint format types bench bench-peers wheel clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 12
@@ -58,8 +58,16 @@ format: $(STAMP) ## put the code in shape
 bench: $(STAMP)  ## the kernels' benchmarks
 	@$(BIN)/python benchmarks/run.py
 
+PEERS := .venv-peers
+bench-peers: $(STAMP)  ## our packed product beside its peers', which are installed into .venv-peers
+	@test -x $(PEERS)/bin/pip || $(PYTHON) -m venv --clear $(PEERS)
+	@$(PEERS)/bin/python -c 'import torch' 2>/dev/null || $(PEERS)/bin/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
+		|| $(PEERS)/bin/pip install --quiet "torch==$(TORCH)" --index-url $(TORCH_CPU_INDEX)
+	@$(PEERS)/bin/pip install --quiet onnxruntime==1.31.1 onnx openvino==2026.4.1 auto-round-lib==0.16.0
+	@PYTHONPATH=kernels taskset -c 0 $(PEERS)/bin/python benchmarks/peers.py
+
 wheel: $(STAMP)  ## build a wheel into dist/
 	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:           ## remove everything that make made
-	@rm -rf $(VENV) build dist *.egg-info kernels/normtweak_kernels/*.so
+	@rm -rf $(VENV) $(PEERS) build dist *.egg-info kernels/normtweak_kernels/*.so
