@@ -34,6 +34,9 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, FOLDER:FILE.gguf, or smollm2-135m.", show_default=False)]
+Activations = Annotated[
+    str, typer.Option(help="In packed products: auto, as exact as their dtype; int16 or int8, faster and rounded for every 64 values.")
+]
 
 
 class TerminalProgress:
@@ -111,6 +114,7 @@ def evaluate(
     windows: Annotated[int, typer.Option(help="Windows taken from each text, evenly spaced.")] = 40,
     length: Annotated[int, typer.Option(help="Tokens in each window.")] = 512,
     dtype: Annotated[str, typer.Option(help="Of matrix products: auto, float32 or bfloat16.")] = "auto",
+    activations: Activations = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores here.", show_default=False)] = None,
 ) -> None:
     """Perplexity of MODEL, and how far it is from the float model."""
@@ -129,7 +133,7 @@ def evaluate(
         folder.check_same_vocabulary("eval", models.ModelFolder(models.resolve(against)))
     tokenizer = folder.tokenizer
     chosen = {name: text_windows(tokenizer, content, windows, length) for name, content in texts.items()}
-    loaded = models.load(model)
+    loaded = models.load(model, activations=activations)
     reference = None if against is None else models.load(against)
     table = Table("text", "perplexity", "KL to float", "top-1 agreement")
     scores: dict[str, Any] = {}
@@ -140,6 +144,7 @@ def evaluate(
     console.print(table)
     if json_file is not None:
         settings = {"model": model, "against": against, "windows": windows, "length": length, "dtype": str(precision).removeprefix("torch.")}
+        settings |= {"activations": activations}
         write_json(json_file, settings | {"scores": scores})
 
 
@@ -150,14 +155,20 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of activations: float32, bfloat16, or auto, the faster here.")] = "float32",
+    activations: Activations = "auto",
 ) -> None:
     """Continue a text with MODEL."""
     from . import models
+    from .activations import compute_dtype
     from .text import check_prompt, continue_text
 
     check_prompt(prompt)
+    precision = compute_dtype(dtype)
     tokenizer = models.load_tokenizer(model)
-    result = continue_text(models.load(model), tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed)
+    result = continue_text(
+        models.load(model, dtype=precision, activations=activations), tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed
+    )
     console.print(prompt, style="bold", end="", markup=False, highlight=False)
     console.print(result.text, markup=False, highlight=False)
     errors.print(f"{result.tokens} tokens in {result.seconds:.2f} s: {result.tokens / result.seconds:.1f} tokens/s", highlight=False)

@@ -16,7 +16,8 @@ class PackedLinear(nn.Module):
     """y = x @ dequant(W)^T + bias, from packed codes; nothing is ever dequantized as a whole and kept.
 
     Buffers: qweight int32 (the layout of `normtweak_kernels.packing`), scales float16 [G, N], zeros uint8 [G, N] or None (symmetric). The scales keep
-    their dtype through `.to(dtype)`. Gradients flow to x and bias.
+    their dtype through `.to(dtype)`. `activations` says how x enters the product, see `dequant_gemm`; it may be changed at any time. Gradients flow
+    to x and bias.
     """
 
     qweight: Tensor
@@ -61,7 +62,7 @@ class PackedLinear(nn.Module):
         weight = buffers["qweight"], buffers["scales"], buffers["zeros"]
         if torch.compiler.is_compiling():
             return dequant_gemm(x, *weight, bias, bits=self.bits, activations=self.activations)
-        if self._prepared is None or not self._prepared.holds(*weight):
+        if self._prepared is None or not self._prepared.holds(*weight, self.activations):
             self._prepared = Prepared(*weight, self.in_features, bits=self.bits, activations=self.activations)
         return self._prepared(x, bias)
 

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from normtweak_kernels.dequant_gemm import ACTIVATIONS
+
 from . import families
 from .checkpoint import WeightFiles
 from .config import BITS, require
@@ -242,18 +244,23 @@ def block_path(model: Any) -> str:
     return max(candidates, key=candidates.__getitem__)
 
 
-def load(model: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu") -> Any:
+def load(model: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu", activations: str = "auto") -> Any:
     """Load MODEL (see `resolve`): a packed checkpoint as a transformers model with `PackedLinear` modules, a float one as it is.
 
     dtype: of activations and of what isn't packed; "auto" is float32 on a CPU and the checkpoint's own elsewhere. Packed weights are never dequantized
-    as a whole. Raises ValueError for a folder that isn't whole or is quantized in a way that isn't read here.
+    as a whole. activations: how they enter the packed linears' products, see `normtweak_kernels.dequant_gemm`: "auto" as exactly as dtype holds
+    them, "int16" and "int8" faster and rounded. Raises ValueError for a folder that isn't whole or is quantized in a way that isn't read here.
     """
+    require(activations in ACTIVATIONS, "load", "activations", f"one of {', '.join(ACTIVATIONS)}", activations)
     folder = ModelFolder(resolve(model))
     if dtype == "auto":
         dtype = torch.float32 if torch.device(device).type == "cpu" else (folder.config.dtype or torch.float16)
     loaded = folder.skeleton()
     if folder.quantization is not None:
         fill_packed(loaded, folder)
+        for module in loaded.modules():
+            if isinstance(module, PackedLinear):
+                module.activations = activations
         loaded.config.quantization_config = folder.quantization
     elif folder.missing(loaded):
         # stored under names that only transformers' own conversion knows (fused experts, renamed modules)

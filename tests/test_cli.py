@@ -67,6 +67,12 @@ def test_eval(packed, small_model, tmp_path):
     assert 0 < scores["top1_agreement"] <= 1
 
 
+def test_generate_in_another_precision(packed):
+    result = normtweak("generate", packed[0], "--prompt", "The ", "--max-new-tokens", 5, "--dtype", "bfloat16", "--activations", "int8")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("The ")
+
+
 def test_generate(packed):
     result = normtweak("generate", packed[0], "--prompt", "The ", "--max-new-tokens", 5)
     assert result.returncode == 0, result.stderr
@@ -111,6 +117,8 @@ def test_help_is_good_reading():
         (["eval", "MODEL", "--length", "20", "--json", "no/where.json"], "where.json must be in a folder that exists"),
         (["eval", "MODEL", "--length", "20", "--dtype", "fp32"], "compute_dtype: name must be auto, float32 or bfloat16, got fp32"),
         (["eval", "MODEL", "--windows", "0", "--length", "20"], "eval: windows, length must be at least 1 and 2"),
+        (["generate", "MODEL", "--prompt", "a", "--activations", "int3"], "load: activations must be one of auto, int16, int8, int8_token, got int3"),
+        (["generate", "MODEL", "--prompt", "a", "--dtype", "float8"], "name must be auto, float32 or bfloat16, got float8"),
         (["generate", "MODEL", "--prompt", ""], "generate: prompt must be some text"),
         (["inspect", "./nowhere"], "model: ./nowhere must be a model folder"),
     ],

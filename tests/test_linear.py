@@ -90,3 +90,13 @@ def test_a_buffer_that_is_replaced_is_seen():
     assert torch.equal(linear(x), other(x))
     linear.scales.mul_(2)
     torch.testing.assert_close(linear(x), other(x))  # shared, so both doubled
+
+
+def test_the_mode_of_activations_can_be_changed():
+    linear = PackedLinear.from_weight(quantized(8, 64, 4, 1, True))
+    x = torch.randn(3, 64)
+    exact = linear(x)
+    linear.activations = "int8"
+    rounded = linear(x)
+    assert not torch.equal(exact, rounded)
+    assert (exact - rounded).norm() < 0.05 * exact.norm()

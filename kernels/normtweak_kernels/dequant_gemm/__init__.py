@@ -104,10 +104,10 @@ class Prepared:
         self._tensors, self._k, self._bits, self._activations = (qweight, scales, zeros), k, bits, activations
         self._weight = cpp_kernel.Weight(qweight, scales, zeros, bits, k) if native.refuses(qweight, scales, zeros) is None else None
 
-    def holds(self, qweight: Tensor, scales: Tensor, zeros: Tensor | None) -> bool:
-        """Whether it was made of these very tensors, where they still are."""
+    def holds(self, qweight: Tensor, scales: Tensor, zeros: Tensor | None, activations: str = "auto") -> bool:
+        """Whether it was made of these very tensors, where they still are, and for this mode."""
         mine = self._tensors
-        if mine[0] is not qweight or mine[1] is not scales or mine[2] is not zeros:
+        if mine[0] is not qweight or mine[1] is not scales or mine[2] is not zeros or self._activations != activations:
             return False
         return self._weight is None or self._weight.tensors[0].data_ptr() == qweight.data_ptr()
 
