@@ -68,7 +68,7 @@ sanitize: $(STAMP) build/sanitize/native/test ## the kernels' tests under the ad
 	@export PYTHONPATH=$(CURDIR)/build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(GCC) -print-file-name=libasan.so) $$($(GCC) -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c 'from normtweak_kernels import native; assert "build/sanitize" in native.loaded().__file__, native.loaded().__file__' \
-		&& $(BIN)/python -m pytest --capture=sys -k "not reference" tests/kernels
+		&& $(BIN)/python -m pytest --capture=sys -k "not [reference" tests/kernels
 
 build/cross/%.o: %.cpp $(NATIVE_HEADERS) Makefile
 	@command -v $(CROSS) >/dev/null || { echo "make cross needs $(CROSS) (Debian: apt-get install g++-aarch64-linux-gnu)"; exit 1; }
