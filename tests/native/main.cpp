@@ -11,6 +11,7 @@ int main() {
         good &= native::test_gptq_block_update(isa);
         good &= native::test_channel_loss(isa);
         good &= native::test_dequant_gemm(isa);
+        good &= native::test_hessian(isa);
     }
     return good ? 0 : 1;
 }

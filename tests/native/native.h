@@ -111,5 +111,6 @@ bool test_group_params(Isa isa);
 bool test_gptq_block_update(Isa isa);
 bool test_channel_loss(Isa isa);
 bool test_dequant_gemm(Isa isa);
+bool test_hessian(Isa isa);
 
 }  // namespace native
