@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.normtweak-setup-$(if $(shell command -v $${CXX:-c++}),native,plain)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow lint format types bench bench-peers wheel clean
+.PHONY: help setup demo test slow sanitize cross lint format types bench bench-peers wheel clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 12
@@ -44,16 +44,53 @@ test: $(STAMP)   ## the test suite without the slow tests
 slow: $(STAMP)   ## the slow tests
 	@$(BIN)/python -m pytest -m slow
 
+# The kernels' native tests need neither Python nor torch; their objects lie below build/ under the sources' own names.
+NATIVE := $(wildcard csrc/cpu/*.cpp tests/native/*.cpp)
+NATIVE_HEADERS := $(wildcard csrc/*.h csrc/cpu/*.h tests/native/*.h)
+NATIVE_FLAGS := -std=c++17 -fopenmp -ffp-contract=fast -fno-trapping-math -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
+GCC ?= g++
+CROSS ?= aarch64-linux-gnu-g++
+QEMU ?= qemu-aarch64
+SYSROOT ?= /usr/aarch64-linux-gnu
+
+build/sanitize/native/%.o: %.cpp $(NATIVE_HEADERS) Makefile
+	@mkdir -p $(@D) && $(GCC) $(NATIVE_FLAGS) -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -c $< -o $@
+
+build/sanitize/native/test: $(NATIVE:%.cpp=build/sanitize/native/%.o)
+	@$(GCC) -fopenmp -fsanitize=address,undefined $^ -o $@
+
+# The reports of a process that ends at its first error are lost if pytest captures them, hence --capture=sys. The torch
+# references run none of this code. libstdc++ comes first for what the sanitizer wraps of it.
+sanitize: $(STAMP) build/sanitize/native/test ## the kernels' tests under the address and undefined behaviour sanitizers of GCC
+	@ASAN_OPTIONS=detect_leaks=0 build/sanitize/native/test
+	@CXX=$(GCC) CC=$(GCC) PATH="$(abspath $(BIN)):$$PATH" NORMTWEAK_SANITIZE=1 NORMTWEAK_REQUIRE_NATIVE=1 \
+		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	@export PYTHONPATH=$(CURDIR)/build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(GCC) -print-file-name=libasan.so) $$($(GCC) -print-file-name=libstdc++.so)"; \
+	$(BIN)/python -c 'from normtweak_kernels import native; assert "build/sanitize" in native.loaded().__file__, native.loaded().__file__' \
+		&& $(BIN)/python -m pytest --capture=sys -k "not [reference" tests/kernels
+
+build/cross/%.o: %.cpp $(NATIVE_HEADERS) Makefile
+	@command -v $(CROSS) >/dev/null || { echo "make cross needs $(CROSS) (Debian: apt-get install g++-aarch64-linux-gnu)"; exit 1; }
+	@mkdir -p $(@D) && $(CROSS) $(NATIVE_FLAGS) -O2 -c $< -o $@
+
+build/cross/test: $(NATIVE:%.cpp=build/cross/%.o)
+	@$(CROSS) -fopenmp $^ -o $@
+
+cross: build/cross/test ## the kernels' native tests compiled for aarch64, in an emulator
+	@command -v $(QEMU) >/dev/null || { echo "make cross needs $(QEMU) (Debian: apt-get install qemu-user)"; exit 1; }
+	@$(QEMU) -L $(SYSROOT) build/cross/test
+
 lint: $(STAMP)   ## ruff, clang-format, mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@git ls-files 'csrc/*' | grep -E '\.(cpp|h)$$' | xargs $(BIN)/clang-format --dry-run --Werror
+	@git ls-files 'csrc/*' 'tests/native/*' | grep -E '\.(cpp|h)$$' | xargs $(BIN)/clang-format --dry-run --Werror
 	@$(BIN)/mypy
 
 format: $(STAMP) ## put the code in shape
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-	@git ls-files 'csrc/*' | grep -E '\.(cpp|h)$$' | xargs $(BIN)/clang-format -i
+	@git ls-files 'csrc/*' 'tests/native/*' | grep -E '\.(cpp|h)$$' | xargs $(BIN)/clang-format -i
 
 bench: $(STAMP)  ## the kernels' benchmarks
 	@$(BIN)/python benchmarks/run.py

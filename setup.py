@@ -1,6 +1,7 @@
 """Packages under two roots, and the optional C++ module. Everything else is in pyproject.toml.
 
 Without a C++ compiler the package installs all the same and runs its torch reference. NORMTWEAK_REQUIRE_NATIVE=1 makes that an error.
+NORMTWEAK_SANITIZE=1 builds the module with the address and undefined behaviour sanitizers, see `make sanitize`.
 """
 
 import os
@@ -30,6 +31,10 @@ COMPILE_ARGS = [
     "-Wno-psabi",
     "-Wno-unknown-pragmas",
 ]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if os.environ.get("NORMTWEAK_SANITIZE") == "1" else []
+if SANITIZERS:
+    # Not optimized: with the checks in it, optimizing the unrolled bodies takes minutes, and would drop reads that nothing uses.
+    COMPILE_ARGS += ["-O0", "-g1", *SANITIZERS]
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
 
 
@@ -87,7 +92,7 @@ setup(
             sources=["csrc/bindings.cpp", *(path.as_posix() for path in sorted(Path("csrc/cpu").glob("*.cpp")))],
             depends=[path.as_posix() for path in sorted(Path("csrc").rglob("*.h"))],
             extra_compile_args=[*COMPILE_ARGS, *OPENMP],
-            extra_link_args=OPENMP,
+            extra_link_args=[*OPENMP, *SANITIZERS],
             language="c++",
             optional=not REQUIRED,
         )

@@ -6,6 +6,6 @@ WEIGHTS = [(576, 576), (576, 1536), (1536, 576), (4096, 4096)]
 ROWS = [1, 4, 16, 64, 512]
 GROUP_SIZE = 64
 # [tokens, channels] of one calibration batch.
-ACTIVATIONS = [(16384, 576), (4096, 4096)]
+ACTIVATIONS = [(16384, 576), (16384, 4096)]
 # Weights are rotated through this many bytes, so that one row of x meets weights in memory as decoding does, not in a cache.
 ROTATED_BYTES = 160_000_000

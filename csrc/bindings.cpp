@@ -262,6 +262,17 @@ Tokens tokens_of(const char* op, uintptr_t x, const std::string& dtype, uintptr_
     return {required<void>(op, "x", x), pointer<bool>(mask), tokens, channels, parse_dtype(op, dtype)};
 }
 
+int64_t bind_channel_statistics(int threads, uintptr_t x, const std::string& dtype, uintptr_t mask, int64_t tokens,
+                                int64_t channels, uintptr_t mean, uintptr_t m2) {
+    const char* op = "channel_statistics";
+    check_size(op, "threads", threads);
+    const Tokens input = tokens_of(op, x, dtype, mask, tokens, channels);
+    auto *means = required<double>(op, "mean", mean), *m2s = required<double>(op, "m2", m2);
+    const Isa isa = current_isa();
+    py::gil_scoped_release release;
+    return channel_statistics(isa, threads, input, means, m2s);
+}
+
 double bind_channel_loss(int threads, uintptr_t x, const std::string& dtype, uintptr_t mask, int64_t tokens,
                          int64_t channels, uintptr_t mean_f, uintptr_t var_f, bool squared, uintptr_t mean_q,
                          uintptr_t var_q) {
@@ -280,12 +291,11 @@ void bind_channel_loss_backward(int threads, uintptr_t x, const std::string& dty
     const char* op = "channel_loss_backward";
     check_size(op, "threads", threads);
     const Tokens input = tokens_of(op, x, dtype, mask, tokens, channels);
-    const auto *m = required<float>(op, "mean", mean), *a = required<float>(op, "offset", offset),
-               *b = required<float>(op, "slope", slope);
-    auto* out = required<void>(op, "grad_x", grad_x);
+    const TokenGradient gradient = {required<float>(op, "mean", mean), required<float>(op, "offset", offset),
+                                    required<float>(op, "slope", slope), required<void>(op, "grad_x", grad_x)};
     const Isa isa = current_isa();
     py::gil_scoped_release release;
-    channel_loss_backward(isa, threads, input, m, a, b, out);
+    channel_loss_backward(isa, threads, input, gradient);
 }
 
 }  // namespace
@@ -320,6 +330,7 @@ PYBIND11_MODULE(_native, module) {
              [](const PackedWeight& weight) { return integer_gemm_supported(current_isa(), weight.k, weight.groups); })
         .def("dequantize_panel", &bind_dequantize_panel);
     module.def("repack_gptq", &bind_repack_gptq);
+    module.def("channel_statistics", &bind_channel_statistics);
     module.def("channel_loss", &bind_channel_loss);
     module.def("channel_loss_backward", &bind_channel_loss_backward);
 }

@@ -87,9 +87,9 @@ namespace normtweak::avx512_vnni {
      : (isa) == Isa::avx2      ? avx2::name        \
                                : portable::name)
 #elif defined(__aarch64__)
-#define NT_PICK(isa, name) (portable::name)
+#define NT_PICK(isa, name) ((void)(isa), portable::name)
 #define NT_PICK_DOT(isa, name) ((isa) == Isa::dotprod ? dotprod::name : portable::name)
 #else
-#define NT_PICK(isa, name) (portable::name)
-#define NT_PICK_DOT(isa, name) (portable::name)
+#define NT_PICK(isa, name) ((void)(isa), portable::name)
+#define NT_PICK_DOT(isa, name) ((void)(isa), portable::name)
 #endif

@@ -130,11 +130,17 @@ struct Tokens {
     int64_t tokens, channels;
     Dtype dtype;
 };
+// Each channel's mean and sum of squared deviations from it over the kept tokens, [channels] each, zeros without one.
+// Returns the number of kept tokens.
+int64_t channel_statistics(Isa isa, int threads, const Tokens& input, double* mean, double* m2);
 // Returns the loss; writes mean_q and var_q [channels]. NaN when no token is kept.
 double channel_loss(Isa isa, int threads, const Tokens& input, const float* mean_f, const float* var_f, bool squared,
                     float* mean_q, float* var_q);
 // grad_x [tokens, channels] in x's dtype = offset + slope * (x - mean), [channels] each; 0 where masked.
-void channel_loss_backward(Isa isa, int threads, const Tokens& input, const float* mean, const float* offset,
-                           const float* slope, void* grad_x);
+struct TokenGradient {
+    const float *mean, *offset, *slope;
+    void* grad_x;
+};
+void channel_loss_backward(Isa isa, int threads, const Tokens& input, const TokenGradient& gradient);
 
 }  // namespace normtweak

@@ -1,7 +1,7 @@
 """The ops under normtweak: each a documented function with a definition in torch and faster bodies chosen at run time."""
 
 from .affine import QuantizedWeight
-from .channel_loss import ChannelStatistics, channel_loss
+from .channel_loss import ChannelStatistics, channel_loss, channel_loss_and_grad
 from .dequant_gemm import dequant_gemm
 from .gptq_block_update import gptq_block_update
 from .gptq_solve import gptq_solve
@@ -15,6 +15,7 @@ __all__ = [
     "ChannelStatistics",
     "QuantizedWeight",
     "channel_loss",
+    "channel_loss_and_grad",
     "dequant_gemm",
     "gptq_block_update",
     "gptq_solve",

@@ -102,6 +102,7 @@ def bad_calls():
         ("PackedWeight", (0, a, "float32", 0, 4, 32, 1, 4), "PackedWeight: words must be a tensor's address, got 0"),
         ("channel_loss", (1, a, "int8", 0, 2, 4, a, a, False, a, a), "channel_loss: dtype must be float32, bfloat16 or float16, got int8"),
         ("channel_loss", (1, a, "float32", 0, 0, 4, a, a, False, a, a), "channel_loss: tokens must be positive, got 0"),
+        ("channel_statistics", (1, a, "float32", 0, 2, 4, a, 0), "channel_statistics: m2 must be a tensor's address, got 0"),
         ("channel_loss_backward", (1, a, "float32", 0, 2, 4, a, a, 0, a), "channel_loss_backward: slope must be a tensor's address, got 0"),
     ]
 

@@ -9,7 +9,9 @@ CALL = (torch.zeros(2, 32), None, 32, 4, True, 0)
 def test_every_op_has_a_reference_and_a_cpp_body(monkeypatch, native_module):
     assert registry.ops() == [
         "channel_loss",
+        "channel_loss_and_grad",
         "channel_loss_backward",
+        "channel_statistics",
         "dequant_gemm",
         "dequant_gemm_backward",
         "gptq_block_update",

@@ -14,6 +14,17 @@ def kept_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return tokens if x.dtype == torch.float64 else tokens.float()
 
 
+@registry.register("channel_statistics", "reference")
+def channel_statistics(x: Tensor, mask: Tensor | None) -> tuple[int, Tensor, Tensor]:
+    """Number of tokens kept; each channel's mean and sum of squared deviations from it, float64. Zeros when no token is kept."""
+    tokens = kept_tokens(x, mask)
+    if len(tokens) == 0:
+        zeros = tokens.new_zeros(x.shape[-1], dtype=torch.float64)
+        return 0, zeros, zeros
+    mean = tokens.mean(0)
+    return len(tokens), mean.double(), (tokens - mean).square().sum(0).double()
+
+
 @registry.register("channel_loss", "reference")
 def channel_loss(x: Tensor, mean_f: Tensor, var_f: Tensor, mask: Tensor | None, squared: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, mean_q, var_q. Two passes: the variance around the mean, not a difference of sums. NaN when no token is kept."""
@@ -38,3 +49,11 @@ def channel_loss_backward(
     if mask is not None:
         grad_x = grad_x * mask.unsqueeze(-1)
     return grad_x.to(x.dtype).contiguous()
+
+
+@registry.register("channel_loss_and_grad", "reference")
+def channel_loss_and_grad(x: Tensor, mean_f: Tensor, var_f: Tensor, mask: Tensor | None, squared: bool, out: Tensor) -> Tensor:
+    """The loss; dL/dx goes to out."""
+    loss, mean_q, var_q = channel_loss(x, mean_f, var_f, mask, squared)
+    out.copy_(channel_loss_backward(torch.ones_like(loss), x, mean_q, var_q, mean_f, var_f, mask, squared))
+    return loss

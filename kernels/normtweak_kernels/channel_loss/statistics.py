@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .reference import kept_tokens
+from .. import registry
+
+
+def check_tokens(op: str, x: Tensor, mask: Tensor | None) -> None:
+    """Raise ValueError unless x is floating point [..., C] and mask, if any, bool of x's shape without C."""
+    if x.dim() < 1 or not x.is_floating_point():
+        raise ValueError(f"{op}: x must be floating point [..., C], got {x.dtype} {tuple(x.shape)}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
+        raise ValueError(f"{op}: mask must be bool {tuple(x.shape[:-1])}, got {mask.dtype} {tuple(mask.shape)}")
 
 
 class ChannelStatistics:
     """Per-channel mean and biased variance of [..., C] batches, merged by Chan, Golub and LeVeque (1979).
 
     Batches are reduced in float32 (around their own mean) and merged in float64: a sum of squares would cancel when a
-    channel's mean is large against its deviation, as the massive activations of language models are.
+    channel's mean is large against its deviation, as the massive activations of language models are. The reduction is
+    `channel_loss`'s own, so that equal tokens give equal statistics.
     """
 
     def __init__(self) -> None:
@@ -20,14 +30,19 @@ class ChannelStatistics:
         self._m2: Tensor | None = None
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Add the tokens of x [..., C] that mask (bool, x's shape without C; None: all) keeps."""
-        tokens = kept_tokens(x.detach(), mask)
-        added = tokens.shape[0]
+        """Add the tokens of x [..., C] that mask (bool, x's shape without C; None: all) keeps.
+
+        Raises ValueError when x isn't floating point [..., C], has other channels than the batches before, or the mask doesn't fit x.
+        """
+        check_tokens("ChannelStatistics", x, mask)
+        if self._mean is not None and x.shape[-1] != len(self._mean):
+            raise ValueError(f"ChannelStatistics: x must be [..., {len(self._mean)}], got {tuple(x.shape)}")
+        if x.numel() == 0:
+            return
+        x = x.detach()
+        added, mean, m2 = registry.select("channel_statistics", x, mask).run(x, mask)
         if added == 0:
             return
-        mean = tokens.mean(0)
-        m2 = (tokens - mean).square().sum(0).double()
-        mean = mean.double()
         if self._mean is None or self._m2 is None:
             self.count, self._mean, self._m2 = added, mean, m2
             return
