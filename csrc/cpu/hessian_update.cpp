@@ -45,7 +45,7 @@ bool hessian_bfloat16(Isa isa) {
 #endif
 }
 
-void hessian_update(Isa isa, int threads, const void* x, Dtype dtype, float* hessian, int64_t tokens,
+void hessian_update(Isa isa, int threads, const void* x, [[maybe_unused]] Dtype dtype, float* hessian, int64_t tokens,
                     int64_t channels) {
     const Scratch scratch(kGemmScratch * threads);
 #if defined(__x86_64__)
