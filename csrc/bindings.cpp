@@ -204,7 +204,7 @@ void bind_dequant_gemm_small(const PackedWeight& weight, int threads, uintptr_t 
 }
 
 void bind_integer_gemm(const PackedWeight& weight, int threads, uintptr_t x, uintptr_t bias, uintptr_t y, int64_t m,
-                       const char* dtype, int planes, bool per_token) {
+                       const std::string& dtype, int planes, bool per_token) {
     const char* op = "dequant_gemm";
     check_size(op, "threads", threads);
     check_size(op, "m", m);

@@ -41,7 +41,7 @@ class PackedLinear(nn.Module):
         self.bits, self.group_size = bits, in_features // scales.shape[0]
         self.activations = activations
         self._prepared: Prepared | None = None
-        self.register_buffer("qweight", qweight)
+        self.register_buffer("qweight", qweight.contiguous())
         self.register_buffer("scales", scales.half().contiguous())
         self.register_buffer("zeros", None if zeros is None else zeros.contiguous())
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))

@@ -253,6 +253,7 @@ def load(model: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", de
     """
     require(activations in ACTIVATIONS, "load", "activations", f"one of {', '.join(ACTIVATIONS)}", activations)
     folder = ModelFolder(resolve(model))
+    require(activations == "auto" or folder.quantization is not None, "load", "activations", "auto for a float model", activations)
     if dtype == "auto":
         dtype = torch.float32 if torch.device(device).type == "cpu" else (folder.config.dtype or torch.float16)
     loaded = folder.skeleton()

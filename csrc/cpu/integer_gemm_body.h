@@ -11,6 +11,9 @@
 // token a run only bounds the sums: 2**15 products of codes and bytes stay below 2**31.
 static constexpr int64_t kPiece = 64, kTokenRun = 1 << 15;
 
+// Runs summed in float32 before their sum is added to the total, so that long rows keep their precision.
+static constexpr int kRunsPerPartial = 16;
+
 static int64_t run_length(const PackedWeight& w, bool per_token) {
     const int64_t group_size = w.groups == 1 ? ceil_div(w.k, kChunk) * kChunk : w.k / w.groups;
     return !per_token ? kPiece : group_size < kTokenRun ? group_size : kTokenRun;
@@ -218,10 +221,12 @@ static void split_row(const IntegerGemm& a, int64_t source, int64_t row, int64_t
     const int64_t padded = ceil_div(w.k, kChunk) * kChunk, length = run_length(w, a.per_token);
     const int64_t group_size = w.groups == 1 ? padded : w.k / w.groups;
     const int32_t zero = w.zeros ? 1 : (1 << (w.bits - 1)) - (w.bits == 8 ? kSignedOffset : 0);
+    static const float kNothing[kPiece] = {};
     float copied[kPiece];
     // Values [k, min(k + kPiece, end)) of the row, zeros after its end.
     const auto read = [&](int64_t k, int64_t count) -> const float* {
-        const int64_t valid = source < 0 ? 0 : w.k - k < count ? w.k - k : count, at = source * w.k + k;
+        const int64_t valid = source < 0 ? 0 : w.k - k < count ? w.k - k : count;
+        const int64_t at = valid ? source * w.k + k : 0;
         if (valid == count && a.dtype == Dtype::float32) return static_cast<const float*>(a.x) + at;
         if (valid == kPiece)
             copy_run(a.x, a.dtype, at, kPiece, copied);
@@ -248,7 +253,10 @@ static void split_row(const IntegerGemm& a, int64_t source, int64_t row, int64_t
                 const int64_t count = piece_after(at, end);
                 const float* values = read(at, count);
                 if (!a.per_token) tile.scales[run * rows + row] = scale = largest(values, count) / plane_limit<P>();
-                const float inverse = scale > 0x1p-100f ? 1.0f / scale : 0.0f;
+                // All zeros, too small to divide by, or not finite, which the scale shows: nothing is left to split.
+                const bool split = scale > 0x1p-126f;
+                const float inverse = split ? 1.0f / scale : 0.0f;
+                if (!split) values = kNothing;
                 int32_t* bytes = tile.bytes + at / 4 * rows * P;
                 if (count == kPiece)
                     split_piece<P>(values, kPiece, inverse, row, rows, bytes, sums);
@@ -263,8 +271,10 @@ static void split_row(const IntegerGemm& a, int64_t source, int64_t row, int64_t
 // y's values of kColumns columns from n on and M rows of x, without bias. Where the weight has one vector of columns
 // left, it is computed twice.
 template <int BITS, int P, int M>
-NT_INLINE void tile_sums(const IntegerGemm& a, int64_t n, const TileOfX& tile, vf (*sums)[vectors<M>()]) {
+NT_INLINE void tile_sums(const IntegerGemm& a, int64_t n, const TileOfX& tile, vf (*totals)[vectors<M>()]) {
     constexpr int V = vectors<M>();
+    vf sums[M][V] = {};
+    int until = kRunsPerPartial;
     const PackedWeight& w = a.weight;
     const int64_t chunks = ceil_div(w.k, kChunk), chunks_per_group = w.groups == 1 ? chunks : w.k / w.groups / kChunk;
     const int64_t block = chunks * BITS * kPackedLanes, next = n + kLanes >= w.n        ? 0
@@ -329,8 +339,20 @@ NT_INLINE void tile_sums(const IntegerGemm& a, int64_t n, const TileOfX& tile, v
                 }
             }
             if (!a.per_token) scales += M;
+            if (--until) continue;
+            until = kRunsPerPartial;
+#pragma GCC unroll 8
+            for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v) {
+                    totals[i][v] += sums[i][v];
+                    sums[i][v] = vf{};
+                }
+            }
         }
     }
+    for (int i = 0; i < M; ++i)
+        for (int v = 0; v < V; ++v) totals[i][v] += sums[i][v];
 }
 
 template <int BITS, int P, int M>

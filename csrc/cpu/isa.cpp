@@ -91,11 +91,12 @@ std::atomic<int> chosen{-1};
 }  // namespace
 
 Isa current_isa() {
-    if (chosen < 0) {
+    int isa = chosen;
+    if (isa < 0) {
         const char* name = std::getenv(kEnvironment);
-        chosen = static_cast<int>(name && *name ? parse(kEnvironment, name) : best());
+        chosen = isa = static_cast<int>(name && *name ? parse(kEnvironment, name) : best());
     }
-    return static_cast<Isa>(chosen.load());
+    return static_cast<Isa>(isa);
 }
 
 void set_isa(const std::string& name) {

@@ -70,6 +70,19 @@ NT_INLINE void chunk_to_gptq(const vi* in, vi* out) {
     }
 }
 
+// Zeroes the codes from k on.
+template <int BITS>
+NT_INLINE void cut_chunk(vi* words, int64_t k) {
+    for (; k < kChunk; ++k) {
+        const Slot low = low_slot(BITS, static_cast<int>(k / 4), static_cast<int>(k % 4));
+        words[low.word] &= ~(((1 << (BITS == 3 ? 2 : BITS)) - 1) << low.shift);
+        if constexpr (BITS == 3) {
+            const Slot high = high_slot(static_cast<int>(k / 4), static_cast<int>(k % 4));
+            words[high.word] &= ~(1 << high.shift);
+        }
+    }
+}
+
 template <int BITS>
 static void move_chunks(const Repack& a, int64_t block, int64_t first, int64_t last) {
     const int64_t rows = ceil_div(a.k * BITS, 32), chunks = ceil_div(a.k, kChunk);
@@ -95,6 +108,7 @@ static void move_chunks(const Repack& a, int64_t block, int64_t first, int64_t l
                         for (int64_t l = 0; l < valid; ++l) in[i][l] = gptq[i * a.n + l];
                 }
                 chunk_from_gptq<BITS>(in, out);
+                if ((chunk + 1) * kChunk > a.k) cut_chunk<BITS>(out, a.k - chunk * kChunk);
                 for (int i = 0; i < BITS; ++i) store(packed + i * kPackedLanes, out[i]);
             }
         }

@@ -20,7 +20,7 @@ class DequantGemmCpu:
     integer_max_rows_8bit: int
     # Above them, up to here unpacking the weight again for every four rows costs less than writing it dequantized and reading it back.
     float_max_rows: int = 32
-    # Rows from which panels of bfloat16 win on processors that multiply it fast, though the kernels of this package keep more of x.
+    # Rows above which panels of bfloat16 win on processors that multiply it fast, though the kernels of this package keep more of x.
     # On AMX its product is far above any other; beside VNNI (Zen 4 and 5) it is as fast as 16-bit integers, without their scales.
     bfloat16_panel_rows: int = 192
     bfloat16_panel_rows_amx: int = 64

@@ -86,7 +86,23 @@ def eager(*tensors: Tensor | None) -> bool:
 
     The dispatcher costs more than a small product, and a model that generates text calls one for every linear and token.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    if _transformed():
         return False
     grad = torch.is_grad_enabled()
-    return not any(t is not None and (type(t) not in (Tensor, torch.nn.Parameter) or (grad and t.requires_grad)) for t in tensors)
+    return not any(t is not None and (type(t) not in (Tensor, torch.nn.Parameter) or (grad and t.requires_grad) or t.is_neg()) for t in tensors)
+
+
+def _transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def check_transforms(op: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError inside torch.func's transforms and for a tensor with a forward-mode tangent: the ops differentiate in reverse mode alone."""
+    if torch.compiler.is_compiling() or not _transformed():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError(f"{op}: must be differentiated by torch.autograd in reverse mode, got a transform of torch.func")
+    if any(t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise ValueError(f"{op}: must be differentiated by torch.autograd in reverse mode, got a forward-mode tangent")

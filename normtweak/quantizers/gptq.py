@@ -56,7 +56,7 @@ class HessianCollector:
         """(linears with one input, their Hessian float32 [K, K]). Raises ValueError for a linear that no token reached."""
         groups: dict[str, list[str]] = {}
         for name in self._linears:
-            if name not in self._leader:
+            if not self._tokens.get(self._leader.get(name, "")):
                 raise ValueError(f"gptq: every linear must see calibration tokens, got none for {name}")
             groups.setdefault(self._leader[name], []).append(name)
         return [(names, mirror_lower(self._sums.pop(leader).div_(self._tokens[leader]))) for leader, names in groups.items()]
@@ -75,7 +75,7 @@ class HessianCollector:
     def _add(self, name: str, x: Tensor) -> None:
         k = x.shape[1]
         if name not in self._sums:
-            self._sums[name] = torch.zeros(k, k, device=x.device)
+            self._sums[name] = torch.zeros(k, k, dtype=torch.float32, device=x.device)
             self._tokens[name] = 0
         hessian_update(self._sums[name], x)
         self._tokens[name] += x.shape[0]
@@ -122,11 +122,14 @@ def inverse_factor(hessian: Tensor, damp_percent: float, name: str, order: Tenso
     diagonal = hessian.diagonal()
     dead = (diagonal == 0).to(hessian.dtype)
     mean = (diagonal + dead).mean()
-    while damp_percent <= 1.0:
+    while True:
         factor, found = inverse_cholesky(hessian, dead + damp_percent * mean, order=order)
         if found:
             return factor
-        again = f"trying {damp_percent * 10:g}" if damp_percent * 10 <= 1.0 else "giving up"
+        more = min(damp_percent * 10, 1.0)
+        again = f"trying {more:g}" if damp_percent < 1.0 else "giving up"
         logger.warning("gptq: the Hessian of %s is not positive definite with damping %g; %s", name, damp_percent, again)
-        damp_percent *= 10
+        if damp_percent >= 1.0:
+            break
+        damp_percent = more
     raise ValueError(f"gptq: the Hessian of {name} must be positive definite with damping up to 1.0, got one that isn't")

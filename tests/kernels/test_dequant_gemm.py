@@ -251,3 +251,98 @@ def good_arguments():
 def test_errors_name_the_argument(arguments, message):
     with pytest.raises(ValueError, match=f"dequant_gemm: {message}"):
         dequant_gemm(**{**good_arguments(), **arguments})
+
+
+def test_positive_activations_and_many_columns(body, choice):
+    # Nothing cancels: one float32 sum over 4096 columns would lose twice what torch's blocked sums do.
+    weight = random_weight(16, 4096, 4, 64, zeros=False)
+    weight.codes.fill_(15)
+    x = torch.rand(3, 4096) + 0.5
+    y = dequant_gemm(x, weight.pack(), weight.scales, weight.zeros, bits=4)
+    dense = weight.dequantize()
+    assert_accurate(y, plain_product(x, dense.t(), packing.LANES if choice == "panels" else None), x.double() @ dense.double().t())
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-25, 1e-30])
+def test_small_activations_are_as_exact_as_large_ones(body, choice, size):
+    weight = random_weight(21, 192, 4, 64, zeros=True)
+    x = torch.randn(5, 192) * size
+    y = dequant_gemm(x, weight.pack(), weight.scales, weight.zeros, bits=4)
+    exact = x.double() @ weight.dequantize(torch.float64).t()
+    assert (y.double() - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("activations", ["auto", *ROUNDING])
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_rows_full_of_nothing_finite(body, activations, bits, zeros):
+    weight = random_weight(21, 192, bits, 64, zeros=zeros)
+    x = torch.randn(5, 192)
+    x[1], x[3] = torch.nan, torch.inf
+    y = dequant_gemm(x, weight.pack(), weight.scales, weight.zeros, bits=bits, activations=activations)
+    assert not torch.isfinite(y[[1, 3]]).any()
+    assert torch.isfinite(y[[0, 2, 4]]).all()
+
+
+def test_default_dtype_and_device_change_nothing(body, choice):
+    weight = random_weight(21, 96, 4, 24, zeros=True)
+    arguments = weight.pack(), weight.scales, weight.zeros
+    x = torch.randn(40, 96)
+    few, many = dequant_gemm(x[:2], *arguments, bits=4), dequant_gemm(x, *arguments, bits=4)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(dequant_gemm(x[:2], *arguments, bits=4), few)
+        assert torch.equal(dequant_gemm(x, *arguments, bits=4), many)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if body != "reference":
+        with torch.device("meta"):
+            assert torch.equal(dequant_gemm(x, *arguments, bits=4), many)
+    assert torch.equal(dequant_gemm(x, *arguments, bits=4), many)
+
+
+def test_a_prepared_weight_sees_what_happens_to_its_tensors(body):
+    weight = random_weight(23, 96, 4, 32, zeros=True)
+    tensors = weight.pack(), weight.scales.clone(), weight.zeros
+    x = torch.randn(3, 96)
+    prepared = Prepared(*tensors, 96, bits=4)
+    prepared(x)
+    tensors[1].mul_(2)
+    assert torch.equal(prepared(x), dequant_gemm(x, *tensors, bits=4))
+    for tensor in tensors[:2]:
+        prepared = Prepared(*tensors, 96, bits=4)
+        assert prepared.holds(*tensors)
+        tensor.data = tensor.data.clone()
+        assert body == "reference" or not prepared.holds(*tensors)
+    strided = tensors[1].t().contiguous().t()
+    prepared = Prepared(tensors[0], strided, tensors[2], 96, bits=4)
+    before = prepared(x)
+    strided.mul_(2)
+    assert not torch.equal(prepared(x), before)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_what_passes_by_the_dispatcher(body):
+    weight = random_weight(8, 32, 4, -1, zeros=False)
+    arguments = weight.pack(), weight.scales, None
+    x = torch.randn(3, 32)
+    y = dequant_gemm(x, *arguments, bits=4)
+    assert torch.equal(dequant_gemm(torch._neg_view(-x), *arguments, bits=4), y)
+    traced = torch.jit.trace(lambda x: dequant_gemm(x, *arguments, bits=4), (torch.zeros(3, 32),), check_trace=False)
+    assert torch.equal(traced(x), y)
+    bias = torch.zeros(8, requires_grad=True)
+    dequant_gemm(x[0], *arguments, bias, bits=4).sum().backward()
+    assert torch.equal(bias.grad, torch.ones(8))
+
+
+def test_transforms_that_would_lose_the_gradient_are_refused():
+    weight = random_weight(8, 32, 4, -1, zeros=False)
+    arguments = weight.pack(), weight.scales, None
+    x = torch.randn(3, 32)
+    with pytest.raises(ValueError, match="reverse mode, got a transform of torch.func"):
+        torch.func.grad(lambda x: dequant_gemm(x, *arguments, bits=4).sum())(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(ValueError, match="reverse mode, got a forward-mode tangent"):
+            dequant_gemm(dual, *arguments, bits=4)
+        assert dequant_gemm(x, *arguments, bits=4).shape == (3, 8)

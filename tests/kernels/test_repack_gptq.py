@@ -17,6 +17,13 @@ def test_both_ways_by_way_of_the_codes(body, n, k, bits):
     assert torch.equal(repack_to_gptq(packed, bits, n, k), gptq)
 
 
+@pytest.mark.parametrize("bits", packing.BITS)
+def test_bits_after_the_last_code_are_dropped(body, bits):
+    n, k = 20, 33
+    gptq = torch.full((-(-k * bits // 32), n), -1, dtype=torch.int32)
+    assert torch.equal(repack_gptq(gptq, bits, k), packing.pack(torch.full((n, k), 2**bits - 1, dtype=torch.uint8), bits))
+
+
 @settings(max_examples=30, deadline=None)
 @given(bits=st.sampled_from(packing.BITS), n=st.integers(1, 70), k=st.integers(1, 130), seed=st.integers(0, 2**31))
 def test_there_and_back(bits, n, k, seed):

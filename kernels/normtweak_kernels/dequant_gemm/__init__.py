@@ -49,7 +49,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     qweight, scales, zeros = ctx.saved_tensors
     grad_x = torch.ops.normtweak.dequant_gemm_backward(grad, qweight, scales, zeros, ctx.bits, ctx.k) if ctx.needs_input_grad[0] else None
-    grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[4] else None
     return grad_x, None, None, None, grad_bias, None, None
 
 
@@ -70,10 +70,11 @@ def dequant_gemm(
     zeros: uint8 [G, N], or None for the symmetric zero 2**(bits-1). bias: [N] in x's dtype, or None.
     activations: how x enters the product. "auto": as exactly as its dtype holds it (a CPU may multiply integers of 16 bits, 23 for
     float32, with a scale for every 64 values of a row). The others are faster and rounded: "int16" with a scale for every 64 values (6e-5
-    of x; differs from "auto" for float32 only), "int8" likewise (6e-3 to 2e-2 of x), "int8_token" with one scale for a row, as
+    of x), "int8" likewise (6e-3 to 2e-2 of x), "int8_token" with one scale for a row, as
     SmoothQuant wants it (9e-3 where x is smooth, far more where a few channels are large). The gradient is that of the exact product.
     A value of x that isn't finite makes its row NaN, or infinite where x is multiplied as it is.
-    Returns [..., N] in x's dtype. Raises ValueError for other bits, shapes, dtypes or activations.
+    Returns [..., N] in x's dtype. Raises ValueError for other bits, shapes, dtypes or activations, and under transforms of torch.func and
+    forward-mode differentiation, which would lose the gradient silently.
     """
     packing.check_bits("dequant_gemm", bits)
     if activations not in ACTIVATIONS:
@@ -90,6 +91,9 @@ def dequant_gemm(
         raise ValueError(f"dequant_gemm: zeros must be uint8 {tuple(scales.shape)} or None, got {zeros.dtype} {tuple(zeros.shape)}")
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype):
         raise ValueError(f"dequant_gemm: bias must be {x.dtype} [{n}] or None, got {bias.dtype} {tuple(bias.shape)}")
+    if 0 in (n, k):
+        raise ValueError(f"dequant_gemm: the weight must have rows and columns, got {n} x {k}")
+    registry.check_transforms("dequant_gemm", x, bias)
     args = (x, qweight, scales, zeros, bias, bits, activations)
     return registry.select("dequant_gemm", *args).run(*args) if registry.eager(x, bias) else torch.ops.normtweak.dequant_gemm(*args)
 
@@ -102,14 +106,17 @@ class Prepared:
     def __init__(self, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k: int, *, bits: int, activations: str = "auto") -> None:
         dequant_gemm(scales.new_zeros((0, k), dtype=torch.float32), qweight, scales, zeros, bits=bits, activations=activations)
         self._tensors, self._k, self._bits, self._activations = (qweight, scales, zeros), k, bits, activations
-        self._weight = cpp_kernel.Weight(qweight, scales, zeros, bits, k) if native.refuses(qweight, scales, zeros) is None else None
+        # A tensor that isn't contiguous would be copied, and the copy would miss what is written to the tensor later.
+        plain = registry.eager(qweight, scales, zeros) and all(t is None or t.is_contiguous() for t in self._tensors)
+        fits = plain and native.refuses(qweight, scales, zeros) is None
+        self._weight = cpp_kernel.Weight(qweight, scales, zeros, bits, k) if fits else None
 
     def holds(self, qweight: Tensor, scales: Tensor, zeros: Tensor | None, activations: str = "auto") -> bool:
         """Whether it was made of these very tensors, where they still are, and for this mode."""
         mine = self._tensors
         if mine[0] is not qweight or mine[1] is not scales or mine[2] is not zeros or self._activations != activations:
             return False
-        return self._weight is None or self._weight.tensors[0].data_ptr() == qweight.data_ptr()
+        return self._weight is None or self._weight.addresses == tuple(0 if t is None else t.data_ptr() for t in mine)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K], bias [N] or None -> [..., N], as `dequant_gemm`."""

@@ -19,12 +19,12 @@ _PLANES = {"int16": 2, "int8": 1, "int8_token": 1}
 class Weight:
     """A packed weight [n, k] as the C++ kernels take it: contiguous tensors, which this keeps alive, and their addresses."""
 
-    __slots__ = ("bits", "k", "n", "native", "tensors")
+    __slots__ = ("addresses", "bits", "k", "n", "native", "tensors")
 
     def __init__(self, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, k: int) -> None:
         self.tensors = qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
         self.n, self.k, self.bits = scales.shape[1], k, bits
-        words, scale, zero = (native.address(tensor) for tensor in self.tensors)
+        self.addresses = words, scale, zero = tuple(native.address(tensor) for tensor in self.tensors)
         self.native = native.loaded().PackedWeight(words, scale, native.DTYPES[scales.dtype], zero, self.n, k, scales.shape[0], bits)
 
 
@@ -54,7 +54,7 @@ def _panel(weight: Weight, n0: int, n1: int, k0: int, k1: int, dtype: torch.dtyp
     buffers = _local.__dict__.setdefault("panels", {})
     count = (k1 - k0) * stride
     if dtype not in buffers or buffers[dtype].numel() < count:
-        buffers[dtype] = torch.empty(count, dtype=dtype)
+        buffers[dtype] = torch.empty(count, dtype=dtype, device="cpu")
     panel = buffers[dtype]
     weight.native.dequantize_panel(torch.get_num_threads(), n0, n1, k0, k1, stride, native.DTYPES[dtype], native.address(panel))
     return panel[:count].view(k1 - k0, stride)[:, : n1 - n0]
@@ -75,7 +75,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 def _integer(x: Tensor, weight: Weight, bias: Tensor | None, planes: int, per_token: bool) -> Tensor:
     x = x.contiguous()
-    y = torch.empty((*x.shape[:-1], weight.n), dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], weight.n), dtype=x.dtype, device="cpu")
     bias_address = 0 if bias is None else bias.data_ptr()
     weight.native.integer_gemm(
         torch.get_num_threads(), x.data_ptr(), bias_address, y.data_ptr(), x.numel() // weight.k, native.DTYPES[x.dtype], planes, per_token
@@ -85,7 +85,7 @@ def _integer(x: Tensor, weight: Weight, bias: Tensor | None, planes: int, per_to
 
 def _float(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     x = torch.nn.functional.pad(x.float(), (0, -weight.k % packing.CHUNK)).contiguous()
-    y = torch.empty(x.shape[0], weight.n)
+    y = torch.empty(x.shape[0], weight.n, dtype=torch.float32, device="cpu")
     bias = None if bias is None else bias.float().contiguous()
     weight.native.dequant_gemm_small(torch.get_num_threads(), native.address(x), native.address(bias), native.address(y), x.shape[0])
     return y
@@ -117,7 +117,7 @@ def _integer_max_rows(weight: Weight, dtype: torch.dtype) -> int:
 def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activations: str) -> Tensor:
     """The op on a weight whose tensors were checked."""
     rows = x.numel() // weight.k
-    if 0 in (rows, weight.n):
+    if rows == 0:
         return x.new_empty((*x.shape[:-1], weight.n))
     if bias is not None:
         bias = bias.contiguous()

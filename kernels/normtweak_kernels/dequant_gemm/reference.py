@@ -32,7 +32,7 @@ def quantize_activations(x: Tensor, groups: int, activations: str) -> Tensor:
     runs = torch.nn.functional.pad(values, (0, -length % run)).unflatten(-1, (-1, run))
     scale = runs.abs().amax(-1, keepdim=True) / limit
     scale = torch.where(scale.isfinite(), scale, torch.nan)
-    rounded = torch.where(scale > 2.0**-100, (runs / scale).round() * scale, scale * 0)
+    rounded = torch.where(scale > 2.0**-126, (runs / scale).round() * scale, scale * 0)
     return rounded.flatten(-2)[..., :length].reshape(x.shape)
 
 
@@ -44,7 +44,8 @@ def dequant_gemm(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | Non
     if activations != "auto":
         x = quantize_activations(x, scales.shape[0], activations)
     # contiguous: torch picks another product, with sums in another order, for a permuted x, and the result shall not depend on strides
-    y = torch.nn.functional.linear(x.to(weight.dtype).contiguous(), weight, None if bias is None else bias.to(weight.dtype))
+    with torch.autocast(x.device.type, enabled=False):
+        y = torch.nn.functional.linear(x.to(weight.dtype).contiguous(), weight, None if bias is None else bias.to(weight.dtype))
     return y.to(dtype)
 
 

@@ -17,7 +17,7 @@ def gptq_solve(weight: Tensor, hinv: Tensor, scales: Tensor, zeros: Tensor, orde
     """See the package's docstring. Columns are halved down to a fixed width, whatever block_size says."""
     n, k = weight.shape
     groups = scales.shape[0]
-    codes = torch.empty(n, k, dtype=torch.uint8)
+    codes = torch.empty(n, k, dtype=torch.uint8, device="cpu")
     if n == 0:
         return codes
     weight, hinv, scales, zeros = (tensor.contiguous() for tensor in (weight, hinv, scales, zeros))

@@ -18,8 +18,8 @@ def group_params(weight: Tensor, importance: Tensor | None, group_size: int, bit
     n, k = weight.shape
     weight = weight.contiguous()
     importance = None if importance is None else importance.contiguous()
-    scales = torch.empty(k // group_size, n)
-    zeros = torch.empty(k // group_size, n, dtype=torch.uint8)
+    scales = torch.empty(k // group_size, n, dtype=torch.float32, device="cpu")
+    zeros = torch.empty(k // group_size, n, dtype=torch.uint8, device="cpu")
     if n:
         native.loaded().group_params(
             torch.get_num_threads(), native.address(weight), native.address(importance), n, k, group_size, bits, symmetric, clip_steps,

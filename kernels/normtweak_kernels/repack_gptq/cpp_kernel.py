@@ -21,7 +21,7 @@ def _move(gptq: Tensor, packed: Tensor, n: int, k: int, bits: int, to_gptq: bool
 def repack_gptq(qweight: Tensor, bits: int, k: int) -> Tensor:
     """See the package's docstring."""
     n, qweight = qweight.shape[1], qweight.contiguous()
-    packed = torch.empty(packing.packed_shape(n, k, bits), dtype=torch.int32)
+    packed = torch.empty(packing.packed_shape(n, k, bits), dtype=torch.int32, device="cpu")
     _move(qweight, packed, n, k, bits, False)
     return packed
 
@@ -30,6 +30,6 @@ def repack_gptq(qweight: Tensor, bits: int, k: int) -> Tensor:
 def repack_to_gptq(packed: Tensor, bits: int, n: int, k: int) -> Tensor:
     """See the package's docstring."""
     packed = packed.contiguous()
-    qweight = torch.empty(-(-k * bits // 32), n, dtype=torch.int32)
+    qweight = torch.empty(-(-k * bits // 32), n, dtype=torch.int32, device="cpu")
     _move(qweight, packed, n, k, bits, True)
     return qweight
