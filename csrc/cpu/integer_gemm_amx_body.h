@@ -4,7 +4,7 @@
 //
 // Compiled for AMX, its logic executed with emulated tiles (amx_tiles.h), not yet run on an AMX processor.
 
-// Fewer rows leave more than half of a tile empty, and the registers of the other body hold all of their sums.
+// Up to 8 rows the other body reads the weight once too, and keeps the sums of its one tile in registers.
 static constexpr int64_t kMinTiledRows = 9;
 static constexpr int kBlock = kTileRows, kMaxBlocks = 2;
 static constexpr int64_t kTileWords = kTileRows * kTileBytes / 4;
@@ -45,7 +45,7 @@ static void unpack_piece(const int32_t* words, int64_t next, int64_t chunks, int
 #pragma GCC unroll 8
             for (int row = 0; row < 8; ++row) store(codes[v] + (8 * chunk + row) * kLanes, code_bytes<BITS>(word, row));
         }
-        // The tile of x reads on into the next row here.
+        // The tile of x reads on into its next row, and after the last into what follows the bytes of x: times zeros.
         if (chunks == 1)
             for (int row = 8; row < kTileRows; ++row) store(codes[v] + row * kLanes, vi{});
     }
@@ -75,8 +75,9 @@ struct CodeReader {
     }
 };
 
-// products [block][plane][vector] of one run, without the zeros' part, into sums. minus: as
-// split_row<P, true> leaves it.
+// products [block][plane][vector] of one run, without the zeros' part, into sums. The zero times the sums of two
+// planes' bytes is one vpmaddwd: (zero << 7) * (first << 1) + zero * second, all in 16 bits; split_row made the other
+// factors.
 template <int P>
 static void add_run(const IntegerGemm& a, const RowGrid* grid, int64_t rows, const int32_t (*products)[kTileWords],
                     const int32_t* minus, const float* scales, float (*sums)[kColumns]) {
@@ -102,8 +103,7 @@ static void add_run(const IntegerGemm& a, const RowGrid* grid, int64_t rows, con
 template <class Tiles>
 static void multiply_run(CodeReader& reader, int32_t (*codes)[kVectors][kTileWords], int& current, int64_t chunks,
                          const int32_t* bytes, int64_t blocks, int32_t (*products)[kTileWords]) {
-    // More than one pair of blocks and planes means two planes or more, and so one piece, whose codes stay in their
-    // tiles.
+    // Where there are several pairs of blocks and planes, a run is one piece, whose codes stay in their tiles.
     for (int64_t pair = 0; pair < blocks; pair += 2) {
         const bool both = pair + 1 < blocks;
         Tiles::template zero<0>();

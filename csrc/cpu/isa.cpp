@@ -5,9 +5,12 @@
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 #include "../check.h"
@@ -41,14 +44,27 @@ bool has_avx512() {
 bool has_avx512_vnni() {
     return has_avx512() && __builtin_cpu_supports("avx512vnni");
 }
+
+// Whether the processor has AMX and the system keeps its tiles; by cpuid itself, as not every compiler knows its names.
+bool has_amx_bits(unsigned wanted) {
+    constexpr unsigned kXgetbv = 1u << 27, kTileStates = 3u << 17;
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & kXgetbv)) return false;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & wanted) != wanted) return false;
+    asm volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+    return (eax & kTileStates) == kTileStates;
+}
+
+constexpr unsigned kAmxBfloat16 = 1u << 22, kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+
 // Linux lets a process use tiles only after it asked, as its signal frames grow by them, and refuses where a signal
 // stack is too small for that.
 bool has_amx_tiles() {
 #if defined(__linux__)
     static const bool permitted = [] {
         constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-        return has_avx512_vnni() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-               __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+        return has_avx512_vnni() && has_amx_bits(kAmxTile | kAmxInt8 | kAmxBfloat16) &&
+               syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
     }();
     return permitted;
 #else
@@ -144,7 +160,7 @@ const char* isa_name(Isa isa) {
 
 bool has_amx() {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("amx-bf16") != 0;
+    return has_amx_bits(kAmxTile | kAmxBfloat16);
 #else
     return false;
 #endif
