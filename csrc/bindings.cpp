@@ -226,6 +226,31 @@ void bind_integer_gemm(const PackedWeight& weight, int threads, uintptr_t x, uin
     integer_gemm(isa, threads, args);
 }
 
+void bind_tile_product(bool emulated, uintptr_t a, uintptr_t b, uintptr_t c, int m, int n, int k, int64_t stride_a,
+                       int64_t stride_b, int64_t stride_c, bool add) {
+    const char* op = "tile_product";
+    const auto names = emulated ? emulated_isas() : available_isas();
+    check(!names.empty() && names.back() == (emulated ? "amx_emulated" : "amx"), op, "emulated",
+          "what this processor has", emulated);
+    for (const auto& [name, size] : {std::pair<const char*, int>{"m", m}, {"n", n}, {"k", k}})
+        check(1 <= size && size <= 16, op, name, "1 to 16", size);
+    check(stride_a >= 4 * k, op, "stride_a", "4 * k or more", stride_a);
+    check(stride_b >= 4 * n, op, "stride_b", "4 * n or more", stride_b);
+    check(stride_c >= 4 * n, op, "stride_c", "4 * n or more", stride_c);
+    const TileProduct args = {required<void>(op, "a", a),
+                              required<void>(op, "b", b),
+                              required<void>(op, "c", c),
+                              m,
+                              n,
+                              k,
+                              stride_a,
+                              stride_b,
+                              stride_c,
+                              add};
+    py::gil_scoped_release release;
+    tile_product(emulated, args);
+}
+
 void bind_dequantize_panel(const PackedWeight& weight, int threads, int64_t n0, int64_t n1, int64_t k0, int64_t k1,
                            int64_t stride, const std::string& dtype, uintptr_t out) {
     const char* op = "dequantize_panel";
@@ -308,6 +333,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("set_isa", &set_isa, py::arg("name"),
                "Use a lower instruction set; empty: what NORMTWEAK_ISA or the processor says");
     module.def("available_isas", &available_isas, "The instruction sets that this processor runs, slowest first");
+    module.def("emulated_isas", &emulated_isas,
+               "Instruction sets that set_isa and NORMTWEAK_ISA take though this processor lacks them, for tests");
     module.def("has_bfloat16", &has_bfloat16, "Whether the processor multiplies bfloat16 (AVX-512 or AMX)");
     module.def("has_amx", &has_amx, "Whether the processor multiplies tiles of bfloat16");
     module.def("group_params", &bind_group_params);
@@ -329,6 +356,7 @@ PYBIND11_MODULE(_native, module) {
         .def("integer_gemm_supported",
              [](const PackedWeight& weight) { return integer_gemm_supported(current_isa(), weight.k, weight.groups); })
         .def("dequantize_panel", &bind_dequantize_panel);
+    module.def("tile_product", &bind_tile_product, "One product of AMX's tiles, by the instructions or emulated");
     module.def("repack_gptq", &bind_repack_gptq);
     module.def("channel_statistics", &bind_channel_statistics);
     module.def("channel_loss", &bind_channel_loss);

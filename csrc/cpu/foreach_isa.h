@@ -81,7 +81,7 @@ namespace normtweak::avx512_vnni {
 #if defined(__x86_64__)
 #define NT_PICK(isa, name) ((isa) >= Isa::avx512 ? avx512::name : (isa) >= Isa::avx2 ? avx2::name : portable::name)
 #define NT_PICK_DOT(isa, name)                     \
-    ((isa) == Isa::avx512_vnni ? avx512_vnni::name \
+    ((isa) >= Isa::avx512_vnni ? avx512_vnni::name \
      : (isa) == Isa::avx512    ? avx512::name      \
      : (isa) == Isa::avx2_vnni ? avx2_vnni::name   \
      : (isa) == Isa::avx2      ? avx2::name        \

@@ -193,8 +193,9 @@ NT_INLINE float largest(const float* values, int64_t count) {
     return bits < 0x7f800000 ? result : __builtin_nanf("");
 }
 
-// A piece of `count` values, a multiple of 32, of row `row` of a tile; `bytes` is where the piece begins.
-template <int P>
+// A piece of `count` values, a multiple of 32, of row `row` of a tile; `bytes` is where the piece begins. TILED: in
+// blocks of 16 rows, [block][plane][row][count].
+template <int P, bool TILED>
 NT_INLINE void split_piece(const float* piece, int64_t count, float inverse, int64_t row, int64_t rows, int32_t* bytes,
                            vi* sums) {
     alignas(64) int32_t planes[P][kPiece / 4];
@@ -211,16 +212,19 @@ NT_INLINE void split_piece(const float* piece, int64_t count, float inverse, int
     }
     for (int64_t i = 0; i < count / 4; ++i)
 #pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) bytes[(i * rows + row) * P + p] = planes[p][i];
+        for (int p = 0; p < P; ++p)
+            bytes[TILED ? ((row / 16 * P + p) * 16 + row % 16) * count / 4 + i : (i * rows + row) * P + p] =
+                planes[p][i];
 }
 
-// Row `row` of a tile of `rows`, from row `source` of x; a negative source makes a row of zeros.
-template <int P>
+// Row `row` of a tile of `rows`, from row `source` of x; a negative source makes a row of zeros. TILED: for
+// integer_gemm_amx_body.h, which multiplies all zeros itself, and those of the first two planes in one instruction.
+template <int P, bool TILED = false>
 static void split_row(const IntegerGemm& a, int64_t source, int64_t row, int64_t rows, const TileOfX& tile) {
     const PackedWeight& w = a.weight;
     const int64_t padded = ceil_div(w.k, kChunk) * kChunk, length = run_length(w, a.per_token);
     const int64_t group_size = w.groups == 1 ? padded : w.k / w.groups;
-    const int32_t zero = w.zeros ? 1 : (1 << (w.bits - 1)) - (w.bits == 8 ? kSignedOffset : 0);
+    const int32_t zero = w.zeros || TILED ? 1 : (1 << (w.bits - 1)) - (w.bits == 8 ? kSignedOffset : 0);
     static const float kNothing[kPiece] = {};
     float copied[kPiece];
     // Values [k, min(k + kPiece, end)) of the row, zeros after its end.
@@ -259,11 +263,13 @@ static void split_row(const IntegerGemm& a, int64_t source, int64_t row, int64_t
                 if (!split) values = kNothing;
                 int32_t* bytes = tile.bytes + at / 4 * rows * P;
                 if (count == kPiece)
-                    split_piece<P>(values, kPiece, inverse, row, rows, bytes, sums);
+                    split_piece<P, TILED>(values, kPiece, inverse, row, rows, bytes, sums);
                 else
-                    split_piece<P>(values, count, inverse, row, rows, bytes, sums);
+                    split_piece<P, TILED>(values, count, inverse, row, rows, bytes, sums);
             }
-            for (int p = 0; p < P; ++p) tile.minus[(run * rows + row) * P + p] = -reduce_add(sums[p]) * zero;
+            int32_t* minus = tile.minus + (run * rows + row) * P;
+            for (int p = 0; p < P; ++p) minus[p] = -reduce_add(sums[p]) * zero;
+            if (TILED && P > 1) minus[0] = (minus[P > 1] & 0xffff) | static_cast<int32_t>(minus[0] * (2u << 16));
         }
     }
 }
@@ -397,7 +403,7 @@ static void multiply_planes(const IntegerGemm& a, int64_t n, const TileOfX& tile
 
 template <int P>
 static IntegerBody body_of_planes() {
-    return {kColumns, run_length, tile_rows<P>, split_row<P>, multiply_planes<P>};
+    return {kColumns, run_length, tile_rows<P>, split_row<P>, multiply_planes<P>, [] {}, [] {}};
 }
 static IntegerBody integer_body(int planes) {
     return planes == 1 ? body_of_planes<1>() : planes == 2 ? body_of_planes<2>() : body_of_planes<3>();

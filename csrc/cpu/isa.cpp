@@ -5,6 +5,13 @@
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 
 #include "../check.h"
 #include "kernels.h"
@@ -20,6 +27,7 @@ struct Entry {
     const char* name;
     int lanes;
     bool (*supported)();
+    bool emulated = false;
 };
 
 #if defined(__x86_64__)
@@ -36,6 +44,33 @@ bool has_avx512() {
 bool has_avx512_vnni() {
     return has_avx512() && __builtin_cpu_supports("avx512vnni");
 }
+
+// Whether the processor has AMX and the system keeps its tiles; by cpuid itself, as not every compiler knows its names.
+bool has_amx_bits(unsigned wanted) {
+    constexpr unsigned kXgetbv = 1u << 27, kTileStates = 3u << 17;
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & kXgetbv)) return false;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & wanted) != wanted) return false;
+    asm volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+    return (eax & kTileStates) == kTileStates;
+}
+
+constexpr unsigned kAmxBfloat16 = 1u << 22, kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+
+// Linux lets a process use tiles only after it asked, as its signal frames grow by them, and refuses where a signal
+// stack is too small for that.
+bool has_amx_tiles() {
+#if defined(__linux__)
+    static const bool permitted = [] {
+        constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        return has_avx512_vnni() && has_amx_bits(kAmxTile | kAmxInt8 | kAmxBfloat16) &&
+               syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    }();
+    return permitted;
+#else
+    return false;
+#endif
+}
 #elif defined(__aarch64__)
 bool has_dotprod() {
 #if defined(__linux__)
@@ -46,7 +81,7 @@ bool has_dotprod() {
 }
 #endif
 
-// Slowest first; the last that the processor supports is the best.
+// Slowest first; the last that the processor itself supports is the best.
 constexpr Entry kEntries[] = {
     {Isa::portable, "portable", 4, [] { return true; }},
 #if defined(__x86_64__)
@@ -54,6 +89,8 @@ constexpr Entry kEntries[] = {
     {Isa::avx2_vnni, "avx2_vnni", 8, has_avx2_vnni},
     {Isa::avx512, "avx512", 16, has_avx512},
     {Isa::avx512_vnni, "avx512_vnni", 16, has_avx512_vnni},
+    {Isa::amx, "amx", 16, has_amx_tiles},
+    {Isa::amx_emulated, "amx_emulated", 16, has_avx512_vnni, true},
 #elif defined(__aarch64__)
     {Isa::dotprod, "dotprod", 4, has_dotprod},
 #endif
@@ -69,7 +106,7 @@ Isa best() {
     static const Isa isa = [] {
         Isa found = Isa::portable;
         for (const Entry& e : kEntries)
-            if (e.supported()) found = e.isa;
+            if (!e.emulated && e.supported()) found = e.isa;
         return found;
     }();
     return isa;
@@ -80,10 +117,17 @@ Isa parse(const char* argument, const std::string& name) {
     for (const Entry& e : kEntries) {
         if (!e.supported()) continue;
         if (name == e.name) return e.isa;
-        wanted += (wanted.empty() ? "" : ", ") + std::string(e.name);
+        if (!e.emulated) wanted += (wanted.empty() ? "" : ", ") + std::string(e.name);
     }
     check(false, "native kernels", argument, "one of " + wanted + " on this processor", name);
     return Isa::portable;
+}
+
+std::vector<std::string> isas(bool emulated) {
+    std::vector<std::string> names;
+    for (const Entry& e : kEntries)
+        if (e.emulated == emulated && e.supported()) names.emplace_back(e.name);
+    return names;
 }
 
 std::atomic<int> chosen{-1};
@@ -104,10 +148,11 @@ void set_isa(const std::string& name) {
 }
 
 std::vector<std::string> available_isas() {
-    std::vector<std::string> names;
-    for (const Entry& e : kEntries)
-        if (e.supported()) names.emplace_back(e.name);
-    return names;
+    return isas(false);
+}
+
+std::vector<std::string> emulated_isas() {
+    return isas(true);
 }
 
 const char* isa_name(Isa isa) {
@@ -116,7 +161,7 @@ const char* isa_name(Isa isa) {
 
 bool has_amx() {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("amx-bf16") != 0;
+    return has_amx_bits(kAmxTile | kAmxBfloat16);
 #else
     return false;
 #endif

@@ -9,13 +9,14 @@
 
 namespace normtweak {
 
-enum class Isa { portable, dotprod, avx2, avx2_vnni, avx512, avx512_vnni };
+enum class Isa { portable, dotprod, avx2, avx2_vnni, avx512, avx512_vnni, amx, amx_emulated };
 enum class Dtype { float32, bfloat16, float16 };
 
 // isa.cpp. The best instruction set that the processor has, or the lower one that NORMTWEAK_ISA or `set_isa` asks for.
 Isa current_isa();
 void set_isa(const std::string& name);  // empty: back to NORMTWEAK_ISA
 std::vector<std::string> available_isas();
+std::vector<std::string> emulated_isas();  // for tests: slow, used only where asked for
 const char* isa_name(Isa isa);
 // What the processor's BLAS can count on, whatever instruction set is chosen here.
 bool has_bfloat16();
@@ -102,6 +103,17 @@ struct IntegerGemm {
     int planes;
     bool per_token;
 };
+// For tests: one tdpbsud. c [m, n] int32, a [m, k] fours of signed bytes, b [k, n] fours of unsigned ones: c (+)= a b,
+// the products of two fours summed. m, n and k at most 16, strides in bytes.
+struct TileProduct {
+    const void* a;
+    const void* b;
+    void* c;
+    int m, n, k;
+    int64_t stride_a, stride_b, stride_c;
+    bool add;
+};
+void tile_product(bool emulated, const TileProduct& args);
 bool integer_gemm_supported(Isa isa, int64_t k, int64_t groups);
 void integer_gemm(Isa isa, int threads, const IntegerGemm& args);
 // dequant(W)[n0:n1, k0:k1] transposed: out [k1 - k0, ceil((n1 - n0) / 16) * 16], rows `stride` values apart, n0 a

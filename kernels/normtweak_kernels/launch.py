@@ -35,6 +35,11 @@ DEQUANT_GEMM_CPU = {
     "avx2_vnni": DequantGemmCpu(integer_max_rows=sys.maxsize, integer_max_rows_8bit=64),
     "avx512": DequantGemmCpu(integer_max_rows=256, integer_max_rows_8bit=1),
     "avx512_vnni": DequantGemmCpu(integer_max_rows=sys.maxsize, integer_max_rows_8bit=sys.maxsize),
+    # Not yet run on such a processor: compiled, its logic executed with emulated tiles. avx512_vnni's limits; bfloat16 goes to oneDNN's AMX
+    # panels from bfloat16_panel_rows_amx rows on, as their sums stay in tiles along the whole of K. The integer product's leave them every
+    # 64 values to be scaled, which takes longer than the product itself.
+    "amx": DequantGemmCpu(integer_max_rows=sys.maxsize, integer_max_rows_8bit=sys.maxsize),
+    "amx_emulated": DequantGemmCpu(integer_max_rows=sys.maxsize, integer_max_rows_8bit=sys.maxsize),
     # Not measured on such a processor: what avx2_vnni, whose instructions are the nearest, was found to want.
     "dotprod": DequantGemmCpu(integer_max_rows=sys.maxsize, integer_max_rows_8bit=64),
 }

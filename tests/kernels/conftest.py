@@ -6,7 +6,7 @@ import pytest
 
 from normtweak_kernels import native
 
-ISAS = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "dotprod")
+ISAS = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "amx", "amx_emulated", "dotprod")
 
 
 def _native_module():
@@ -24,7 +24,7 @@ def native_module():
 
 def _force_cpp(isa, monkeypatch):
     module = _native_module()
-    if isa not in module.available_isas():
+    if isa not in (*module.available_isas(), *module.emulated_isas()):
         pytest.skip(f"this processor has no {isa}")
     monkeypatch.setenv("NORMTWEAK_BACKEND", "cpp")
     module.set_isa(isa)

@@ -49,7 +49,7 @@ def test_an_unknown_isa_in_the_environment_is_an_error(native_module, isa):
 
 def test_the_environment_chooses_the_isa(native_module):
     code = "from normtweak_kernels import native; print(native.module().isa())"
-    for name in native_module.available_isas():
+    for name in (*native_module.available_isas(), *native_module.emulated_isas()):
         assert python(code, {"NORMTWEAK_ISA": name}).stdout.strip() == name
     assert python(code).stdout.strip() == native_module.available_isas()[-1]
 
