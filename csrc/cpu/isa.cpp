@@ -32,10 +32,12 @@ struct Entry {
 
 #if defined(__x86_64__)
 bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // and f16c, which every such processor has
 }
 bool has_avx2_vnni() {
-    return has_avx2() && __builtin_cpu_supports("avxvnni");
+    constexpr unsigned kAvxVnni = 1u << 4;  // by cpuid itself, as not every compiler knows its name
+    unsigned eax, ebx, ecx, edx;
+    return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvxVnni);
 }
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -106,7 +108,8 @@ Isa best() {
     static const Isa isa = [] {
         Isa found = Isa::portable;
         for (const Entry& e : kEntries)
-            if (!e.emulated && e.supported()) found = e.isa;
+            // AMX only on request until its body, so far run with emulated tiles, has run on a processor that has it.
+            if (!e.emulated && e.isa != Isa::amx && e.supported()) found = e.isa;
         return found;
     }();
     return isa;

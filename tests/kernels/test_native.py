@@ -51,7 +51,7 @@ def test_the_environment_chooses_the_isa(native_module):
     code = "from normtweak_kernels import native; print(native.module().isa())"
     for name in (*native_module.available_isas(), *native_module.emulated_isas()):
         assert python(code, {"NORMTWEAK_ISA": name}).stdout.strip() == name
-    assert python(code).stdout.strip() == native_module.available_isas()[-1]
+    assert python(code).stdout.strip() == [name for name in native_module.available_isas() if name != "amx"][-1]  # amx: on request only
 
 
 def test_set_isa(native_module):
