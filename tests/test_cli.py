@@ -172,7 +172,21 @@ def test_unknown_option():
 
 def test_ctrl_c_leaves_no_folder(small_model, tmp_path):
     folder = shutil.copytree(small_model, tmp_path / "float")
-    command = [sys.executable, "-m", "normtweak", "quantize", str(folder), "--out", str(tmp_path / "out"), "--length", "120", "--samples", "256"]
+    command = [
+        sys.executable,
+        "-m",
+        "normtweak",
+        "quantize",
+        str(folder),
+        "--out",
+        str(tmp_path / "out"),
+        "--length",
+        "120",
+        "--samples",
+        "2048",
+        "--calibration",
+        "random",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     for line in process.stdout:
