@@ -1,5 +1,7 @@
 // Sixteen rows of the weight are the packed lanes; vectors of kLanes rows walk along K, and x is broadcast.
 
+#include "row_grid_body.h"
+
 // Codes whose products are summed in float32 before the scale is applied, so that long groups keep their precision.
 static constexpr int64_t kRun = 64;
 
@@ -13,34 +15,6 @@ NT_INLINE vi code(const vi* words, int row, int byte) {
         return value | (((words[high.word] >> high.shift) & 1) << 2);
     }
     return value;
-}
-
-// Scale and zero of the rows [n, n + kLanes) in one group; lanes past the last row get scale 0.
-struct RowGrid {
-    vf scale;
-    vi zero;
-};
-
-static RowGrid row_grid(const PackedWeight& w, int64_t group, int64_t n) {
-    const int64_t at = group * w.n + n, valid = w.n - n;
-    const bool half = w.scale_dtype == Dtype::float16;
-    RowGrid grid = {vf{}, (1 << (w.bits - 1)) - vi{}};
-    if (valid >= kLanes) {
-        grid.scale = half ? half_to_float(load<vh>(static_cast<const uint16_t*>(w.scales) + at))
-                          : load<vf>(static_cast<const float*>(w.scales) + at);
-        if (w.zeros) grid.zero = widen(load<vb>(w.zeros + at));
-        return grid;
-    }
-    vh halves = {};
-    for (int64_t lane = 0; lane < valid; ++lane) {
-        if (half)
-            halves[lane] = static_cast<const uint16_t*>(w.scales)[at + lane];
-        else
-            grid.scale[lane] = static_cast<const float*>(w.scales)[at + lane];
-        if (w.zeros) grid.zero[lane] = w.zeros[at + lane];
-    }
-    if (half) grid.scale = half_to_float(halves);
-    return grid;
 }
 
 template <int BITS>

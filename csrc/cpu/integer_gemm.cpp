@@ -10,7 +10,7 @@ namespace normtweak {
 
 // A tile of rows of x as `tile_sums` reads it, front to back; integer_gemm_amx_body.h has another order of bytes.
 struct TileOfX {
-    int32_t* bytes;  // [K/4][rows][P]: four values' bytes
+    int32_t* bytes;  // [K/32][rows][P][8]: four values' bytes
     int32_t* minus;  // [runs][rows][P]: minus the sum of the run's bytes, in the low 16 bits
     float* scales;   // [runs][rows], or [rows] with one scale per token
 };

@@ -168,7 +168,7 @@ static void multiply_tiled(const IntegerGemm& a, int64_t n, const TileOfX& tile,
     int current = 0, until = kRunsPerPartial;
     reader.read(codes[current]);
     for (int64_t group = 0; group < w.groups; ++group) {
-        const RowGrid grid[kVectors] = {row_grid(w, group, n), row_grid(w, group, n + kLanes)};
+        const RowGrid grid[kVectors] = {signed_grid(w, group, n), signed_grid(w, group, n + kLanes)};
         for (int64_t left = chunks_per_group; left > 0; left -= chunks_per_run) {
             const int64_t run = left < chunks_per_run ? left : chunks_per_run;
             multiply_run<Tiles>(reader, codes, current, run, bytes, padded / kBlock * P, products);

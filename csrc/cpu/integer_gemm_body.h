@@ -7,17 +7,11 @@
 // 16 bits ("a16"), three 24 ("a24", float32's own precision). The codes' zero is a product too: sum (q - z) x = sum q x
 // - z sum x.
 
-// A run: values of x whose products are summed in int32 before they are scaled. 64 share a scale; with one scale per
-// token a run only bounds the sums: 2**15 products of codes and bytes stay below 2**31.
-static constexpr int64_t kPiece = 64, kTokenRun = 1 << 15;
+#include "row_grid_body.h"
+#include "split_planes_body.h"
 
 // Runs summed in float32 before their sum is added to the total, so that long rows keep their precision.
 static constexpr int kRunsPerPartial = 16;
-
-static int64_t run_length(const PackedWeight& w, bool per_token) {
-    const int64_t group_size = w.groups == 1 ? ceil_div(w.k, kChunk) * kChunk : w.k / w.groups;
-    return !per_token ? kPiece : group_size < kTokenRun ? group_size : kTokenRun;
-}
 
 // How far ahead the words are fetched, in int32: two pages, as the hardware's prefetchers stop at a page's end. Without
 // it one row of x reads memory at half its speed.
@@ -32,15 +26,14 @@ template <int M>
 constexpr int vectors() {
     return kLanes == kPackedLanes && M <= 2 ? 1 : kVectors;
 }
+// And their sums are too few to hide the product's latency: every other row of codes is summed apart.
+template <int M>
+constexpr int chains() {
+    return M * vectors<M>() <= 2 ? 2 : 1;
+}
 template <int P>
 constexpr int max_tile_rows() {
     return kLanes == 8 ? 2 : P == 1 ? 8 : 4;
-}
-
-// The biggest code of x: plane 0 must hold it with the carry of the planes below.
-template <int P>
-constexpr float plane_limit() {
-    return P == 1 ? 127.0f : P == 2 ? 32512.0f : 4161536.0f;
 }
 
 // Tile rows for `left` rows of x: the largest tile that they fill, or one row short of it.
@@ -90,13 +83,6 @@ NT_INLINE vi dot(vi sum, vi codes, int32_t bytes) {
 #endif
 }
 
-// What sdot subtracts from codes of 8 bits to make them signed; their zeros lose it too.
-#if defined(NT_DOTPROD)
-static constexpr int kSignedOffset = 128;
-#else
-static constexpr int kSignedOffset = 0;
-#endif
-
 // zero * minus_sum for a sum of bytes that fits 16 bits.
 NT_INLINE vi zero_term(vi zero, int32_t minus_sum) {
 #if NT_LANES == 16
@@ -119,53 +105,15 @@ NT_INLINE vi code_bytes(const vi* words, int row) {
     return low | (high & 0x04040404);
 }
 
-struct RowGrid {
-    vf scale;
-    vi zero;
-};
-
-// Scale and zero of the rows [n, n + kLanes) in one group; lanes past the last row get scale 0.
-NT_INLINE RowGrid row_grid(const PackedWeight& w, int64_t group, int64_t n) {
-    const int64_t at = group * w.n + n, valid = w.n - n;
-    const bool half = w.scale_dtype == Dtype::float16;
-    RowGrid grid = {vf{}, (1 << (w.bits - 1)) - vi{}};
-    if (valid >= kLanes) {
-        // A group's scales lie a whole row of N away from the last group's, where no hardware prefetcher looks: fetch
-        // those of the next columns, which are wanted when this strip of the weight is done.
-        __builtin_prefetch(static_cast<const char*>(w.scales) + (at + kColumns) * (half ? 2 : 4));
-        if (w.zeros) __builtin_prefetch(w.zeros + at + kColumns);
-        grid.scale = half ? half_to_float(load<vh>(static_cast<const uint16_t*>(w.scales) + at))
-                          : load<vf>(static_cast<const float*>(w.scales) + at);
-        if (w.zeros) grid.zero = widen(load<vb>(w.zeros + at));
-    } else {
-        vh halves = {};
-        for (int64_t lane = 0; lane < valid; ++lane) {
-            if (half)
-                halves[lane] = static_cast<const uint16_t*>(w.scales)[at + lane];
-            else
-                grid.scale[lane] = static_cast<const float*>(w.scales)[at + lane];
-            if (w.zeros) grid.zero[lane] = w.zeros[at + lane];
-        }
-        if (half) grid.scale = half_to_float(halves);
-    }
+// The scales and signed zeros of a group. A group's lie a whole row of N away from the last group's, where no hardware
+// prefetcher looks: those of the next columns are fetched, which are wanted when this strip of the weight is done.
+NT_INLINE RowGrid signed_grid(const PackedWeight& w, int64_t group, int64_t n) {
+    RowGrid grid = row_grid(w, group, n);
     if (w.bits == 8) grid.zero -= kSignedOffset;
+    const int64_t next = group * w.n + n + kColumns;
+    __builtin_prefetch(static_cast<const char*>(w.scales) + next * (w.scale_dtype == Dtype::float16 ? 2 : 4));
+    if (w.zeros) __builtin_prefetch(w.zeros + next);
     return grid;
-}
-
-NT_INLINE void copy_run(const void* x, Dtype dtype, int64_t at, int64_t count, float* run) {
-    const uint16_t* halves = static_cast<const uint16_t*>(x) + at;
-    const int64_t whole = dtype == Dtype::float32 ? 0 : count / kLanes * kLanes;
-    if (dtype == Dtype::bfloat16)
-        for (int64_t i = 0; i < whole; i += kLanes) store(run + i, bfloat16_to_float(load<vh>(halves + i)));
-    else if (dtype == Dtype::float16)
-        for (int64_t i = 0; i < whole; i += kLanes) store(run + i, any_half_to_float(load<vh>(halves + i)));
-    else
-        for (int64_t i = 0; i < count; ++i) run[i] = static_cast<const float*>(x)[at + i];
-    if (dtype == Dtype::float32 || whole == count) return;
-    vh v = {};
-    for (int64_t lane = 0; lane < kLanes && whole + lane < count; ++lane) v[lane] = halves[whole + lane];
-    const vf last = dtype == Dtype::bfloat16 ? bfloat16_to_float(v) : any_half_to_float(v);
-    for (int64_t lane = 0; lane < kLanes && whole + lane < count; ++lane) run[whole + lane] = last[lane];
 }
 
 NT_INLINE void store_run(void* y, Dtype dtype, int64_t at, int64_t valid, vf values) {
@@ -179,106 +127,11 @@ NT_INLINE void store_run(void* y, Dtype dtype, int64_t at, int64_t valid, vf val
     valid == kLanes ? store(out, halves) : store_valid(out, halves, valid);
 }
 
-// The largest magnitude of `count` values, a multiple of 32; NaN when one isn't finite. Magnitudes are ordered as their
-// bits are, infinity and then NaN above all numbers.
-NT_INLINE float largest(const float* values, int64_t count) {
-    vi most = {};
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const vi v = load<vi>(values + i) & 0x7fffffff;
-        most = v > most ? v : most;
-    }
-    const int32_t bits = reduce_max(most);
-    float result;
-    __builtin_memcpy(&result, &bits, sizeof result);
-    return bits < 0x7f800000 ? result : __builtin_nanf("");
-}
-
-// A piece of `count` values, a multiple of 32, of row `row` of a tile; `bytes` is where the piece begins. TILED: in
-// blocks of 16 rows, [block][plane][row][count].
-template <int P, bool TILED>
-NT_INLINE void split_piece(const float* piece, int64_t count, float inverse, int64_t row, int64_t rows, int32_t* bytes,
-                           vi* sums) {
-    alignas(64) int32_t planes[P][kPiece / 4];
-    for (int64_t i = 0; i < count; i += kLanes) {
-        vi rest = __builtin_convertvector(round_even(load<vf>(piece + i) * inverse), vi);
-#pragma GCC unroll 4
-        for (int p = P - 1; p >= 0; --p) {
-            const vi carried = p ? (rest + 128) >> 8 : vi{};
-            const vi low = p ? rest - (carried << 8) : rest;
-            sums[p] += low;
-            store(planes[p] + i / 4, narrow(low));
-            rest = carried;
-        }
-    }
-    for (int64_t i = 0; i < count / 4; ++i)
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p)
-            bytes[TILED ? ((row / 16 * P + p) * 16 + row % 16) * count / 4 + i : (i * rows + row) * P + p] =
-                planes[p][i];
-}
-
-// Row `row` of a tile of `rows`, from row `source` of x; a negative source makes a row of zeros. TILED: for
-// integer_gemm_amx_body.h, which multiplies all zeros itself, and those of the first two planes in one instruction.
-template <int P, bool TILED = false>
-static void split_row(const IntegerGemm& a, int64_t source, int64_t row, int64_t rows, const TileOfX& tile) {
-    const PackedWeight& w = a.weight;
-    const int64_t padded = ceil_div(w.k, kChunk) * kChunk, length = run_length(w, a.per_token);
-    const int64_t group_size = w.groups == 1 ? padded : w.k / w.groups;
-    const int32_t zero = w.zeros || TILED ? 1 : (1 << (w.bits - 1)) - (w.bits == 8 ? kSignedOffset : 0);
-    static const float kNothing[kPiece] = {};
-    float copied[kPiece];
-    // Values [k, min(k + kPiece, end)) of the row, zeros after its end.
-    const auto read = [&](int64_t k, int64_t count) -> const float* {
-        const int64_t valid = source < 0 ? 0 : w.k - k < count ? w.k - k : count;
-        const int64_t at = valid ? source * w.k + k : 0;
-        if (valid == count && a.dtype == Dtype::float32) return static_cast<const float*>(a.x) + at;
-        if (valid == kPiece)
-            copy_run(a.x, a.dtype, at, kPiece, copied);
-        else
-            copy_run(a.x, a.dtype, at, valid, copied);
-        for (int64_t i = valid; i < count; ++i) copied[i] = 0.0f;
-        return copied;
-    };
-    const auto piece_after = [](int64_t k, int64_t end) { return end - k < kPiece ? end - k : kPiece; };
-    float scale = 0.0f;
-    if (a.per_token) {
-        for (int64_t k = 0; k < padded; k += kPiece) {
-            const float here = largest(read(k, piece_after(k, padded)), piece_after(k, padded)) / plane_limit<P>();
-            scale = scale > here || scale != scale ? scale : here;
-        }
-        tile.scales[row] = scale;
-    }
-    int64_t run = 0;
-    for (int64_t group = 0; group < padded; group += group_size) {
-        for (int64_t k = group, end; k < group + group_size; k = end, ++run) {
-            end = k + length < group + group_size ? k + length : group + group_size;
-            vi sums[P] = {};
-            for (int64_t at = k; at < end; at += kPiece) {
-                const int64_t count = piece_after(at, end);
-                const float* values = read(at, count);
-                if (!a.per_token) tile.scales[run * rows + row] = scale = largest(values, count) / plane_limit<P>();
-                // All zeros, too small to divide by, or not finite, which the scale shows: nothing is left to split.
-                const bool split = scale > 0x1p-126f;
-                const float inverse = split ? 1.0f / scale : 0.0f;
-                if (!split) values = kNothing;
-                int32_t* bytes = tile.bytes + at / 4 * rows * P;
-                if (count == kPiece)
-                    split_piece<P, TILED>(values, kPiece, inverse, row, rows, bytes, sums);
-                else
-                    split_piece<P, TILED>(values, count, inverse, row, rows, bytes, sums);
-            }
-            int32_t* minus = tile.minus + (run * rows + row) * P;
-            for (int p = 0; p < P; ++p) minus[p] = -reduce_add(sums[p]) * zero;
-            if (TILED && P > 1) minus[0] = (minus[P > 1] & 0xffff) | static_cast<int32_t>(minus[0] * (2u << 16));
-        }
-    }
-}
-
 // y's values of kColumns columns from n on and M rows of x, without bias. Where the weight has one vector of columns
 // left, it is computed twice.
 template <int BITS, int P, int M>
 NT_INLINE void tile_sums(const IntegerGemm& a, int64_t n, const TileOfX& tile, vf (*totals)[vectors<M>()]) {
-    constexpr int V = vectors<M>();
+    constexpr int V = vectors<M>(), C = chains<M>();
     vf sums[M][V] = {};
     int until = kRunsPerPartial;
     const PackedWeight& w = a.weight;
@@ -292,9 +145,9 @@ NT_INLINE void tile_sums(const IntegerGemm& a, int64_t n, const TileOfX& tile, v
     const int64_t chunks_per_run = run_length(w, a.per_token) / kChunk;
     for (int64_t group = 0; group < w.groups; ++group) {
         RowGrid grid[V];
-        for (int v = 0; v < V; ++v) grid[v] = row_grid(w, group, n + v * kLanes);
+        for (int v = 0; v < V; ++v) grid[v] = signed_grid(w, group, n + v * kLanes);
         for (int64_t left = chunks_per_group; left > 0;) {
-            vi sum[M][P][V];
+            vi sum[M][P][V], other[M][P][V] = {};
 #pragma GCC unroll 8
             for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 3
@@ -330,15 +183,19 @@ NT_INLINE void tile_sums(const IntegerGemm& a, int64_t n, const TileOfX& tile, v
 #pragma GCC unroll 3
                         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
-                            for (int v = 0; v < V; ++v)
-                                sum[i][p][v] = dot<BITS>(sum[i][p][v], codes[v], bytes[i * P + p]);
-                    bytes += M * P;
+                            for (int v = 0; v < V; ++v) {
+                                vi& chain = row % C ? other[i][p][v] : sum[i][p][v];
+                                chain = dot<BITS>(chain, codes[v], bytes[(i * P + p) * 8 + row]);
+                            }
                 }
+                bytes += M * P * 8;
             }
 #pragma GCC unroll 8
             for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
                 for (int v = 0; v < V; ++v) {
+                    if constexpr (C > 1)
+                        for (int p = 0; p < P; ++p) sum[i][p][v] += other[i][p][v];
                     vf total = to_float(P == 1 ? sum[i][0][v] : (sum[i][0][v] << 8) + sum[i][P > 1][v]);
                     if (P == 3) total = total * 256.0f + to_float(sum[i][P - 1][v]);
                     sums[i][v] += total * (grid[v].scale * scales[i]);
