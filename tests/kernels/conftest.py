@@ -4,6 +4,7 @@ import os
 import platform
 
 import pytest
+import torch
 
 from normtweak_kernels import native
 
@@ -52,3 +53,12 @@ def body(request, monkeypatch):
     module = _force_cpp(request.param, monkeypatch)
     yield request.param
     module.set_isa("")
+
+
+@pytest.fixture
+def one_thread():
+    """For references of thousands of tiny operations, for which waking threads takes longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

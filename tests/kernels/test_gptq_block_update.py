@@ -9,13 +9,7 @@ from normtweak_kernels.gptq_block_update import reference
 SHAPES = [(5, 33, 33), (17, 96, 24), (80, 192, 64), (200, 576, 32)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The reference is thousands of tiny operations, for which waking threads takes longer than the work.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

@@ -11,13 +11,7 @@ from normtweak_kernels.inverse_cholesky import reference as factor
 SHAPES = [(200, 576, 64), (90, 1536, -1), (333, 321, 107), (600, 96, 8)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The reference is thousands of tiny operations, for which waking threads takes longer than the work.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

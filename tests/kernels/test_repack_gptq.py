@@ -52,6 +52,12 @@ def test_nothing_is_written_past_the_end(isa, native_module, n, k, bits):
         assert (guarded[count:] == 77).all()
 
 
+def test_opcheck(body):
+    gptq = torch.randint(-(2**31), 2**31 - 1, (8, 5), dtype=torch.int32)
+    torch.library.opcheck(torch.ops.normtweak.repack_gptq.default, (gptq, 4, 64))
+    torch.library.opcheck(torch.ops.normtweak.repack_to_gptq.default, (repack_gptq(gptq, 4, 64), 4, 5, 64))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
