@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import statistics
-import time
+from collections.abc import Callable
 
 from conftest import forced
+from interleaved import medians
 
 
-def race(calls, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call of each variant, after one that isn't counted."""
-    times: dict[str, list[float]] = {variant: [] for variant in calls}
-    for counted in range(-1, rounds):
-        for variant, call in calls.items():
-            with forced(variant if variant in ("reference", "cpp") else None):
-                start = time.perf_counter()
-                call()
-                if counted >= 0:
-                    times[variant].append(time.perf_counter() - start)
-    return times
+def forcing(variant: str, call: Callable[[], object]) -> Callable[[], object]:
+    """The call with its variant's backend."""
+
+    def run() -> None:
+        with forced(variant if variant in ("reference", "cpp") else None):
+            call()
+
+    return run
 
 
 def main() -> None:
@@ -39,9 +36,9 @@ def main() -> None:
             calls, info = make(*shape)
             if options.filter not in info["case"]:
                 continue
-            medians = {variant: statistics.median(times) for variant, times in race(calls, options.rounds).items()}
-            for variant, median in medians.items():
-                ratio = median / medians["cpp"]
+            seconds = medians({variant: forcing(variant, call) for variant, call in calls.items()}, options.rounds)
+            for variant, median in seconds.items():
+                ratio = median / seconds["cpp"]
                 print(f"{op}  {info['case']:36}  {variant:44}  {median * 1e3:9.2f} ms  {ratio:6.2f} x cpp", flush=True)
 
 
