@@ -75,6 +75,18 @@ def quantize(
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store zero points; worth it at 2 bits.")] = False,
     method: Annotated[str | None, typer.Option(help="gptq or rtn.", show_default="gptq")] = None,
     preset: Annotated[str, typer.Option(help="default (best measured recipe) or paper (Algorithm 1 to the letter).")] = "default",
+    module: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=BITS[:GROUP_SIZE]",
+            help="Other bits for linears whose path has this regular expression in it; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Leave linears whose path has this in it as they are; repeatable.", show_default=False)
+    ] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output head too.")] = False,
     no_tweak: Annotated[bool, typer.Option("--no-tweak", help="Leave the norms as they are.")] = False,
     calibration: Annotated[
         str | None, typer.Option(help="generated (by the model itself), random, or a UTF-8 text FILE.txt.", show_default="generated")
@@ -86,11 +98,17 @@ def quantize(
 ) -> None:
     """Quantize MODEL block by block, tweak each block's norms, write a packed checkpoint (GPTQ v1 layout)."""
     from . import pipeline
-    from .config import QuantizeConfig
+    from .config import ModuleOverride, QuantizeConfig
 
     settings = _read_settings(config)
     given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "method": method, "seed": seed}
     settings |= {key: value for key, value in given.items() if value is not None}
+    if module:
+        settings["overrides"] = [ModuleOverride.parse(entry) for entry in module]
+    if skip:
+        settings["skip"] = skip
+    if lm_head:
+        settings["lm_head"] = True
     text = {key: value for key, value in {"source": calibration, "samples": samples, "length": length}.items() if value is not None}
     if text:
         settings["calibration"] = {**settings["calibration"], **text} if isinstance(settings.get("calibration"), dict) else text
