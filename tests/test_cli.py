@@ -105,6 +105,11 @@ def test_help_is_good_reading():
         (["quantize", "no/such-model", "--out", "OUT"], "model: no/such-model must be"),
         (["quantize", "MODEL", "--out", "OUT", "--group-size", "48"], "group_size must be a divisor"),
         (["quantize", "MODEL", "--out", "OUT", "--bits", "5"], "bits must be one of 2, 3, 4, 8, got 5"),
+        (
+            ["quantize", "MODEL", "--out", "OUT", "--module", "up_proj:4"],
+            "ModuleOverride: text must be PATTERN=BITS or PATTERN=BITS:GROUP_SIZE, got up_proj:4",
+        ),
+        (["quantize", "MODEL", "--out", "OUT", "--skip", "nothing"], "quantize: skip must be patterns found in a linear's path"),
         (["quantize", "MODEL", "--out", "MODEL"], "out must be a new or empty folder"),
         (["quantize", "MODEL", "--out", "OUT", "--method", "magic"], "method must be one of gptq, rtn, got magic"),
         (["quantize", "MODEL", "--out", "OUT", "--preset", "best"], "preset must be one of default, paper, got best"),
@@ -157,6 +162,19 @@ def test_the_config_file_counts_unless_an_option_is_given(small_model, tmp_path)
     assert (config["bits"], config["group_size"], config["symmetric"], config["tweak"]) == (3, 32, False, None)
     assert recipe["calibration_tokens"] == 40
     assert recipe["seconds"]["blocks"] > 0
+
+
+def test_modules_of_their_own(small_model, tmp_path):
+    options = ["--module", "mlp.down_proj=8:16", "--module", r"layers\.1\.=2", "--skip", "k_proj", "--lm-head", "--method", "rtn", "--no-tweak"]
+    code, _, stderr = in_process("quantize", small_model, "--out", tmp_path / "out", "--group-size", 32, *options, *SMALL)
+    assert code == 0, stderr
+    settings = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert settings["lm_head"] is True
+    own = {"-:.*(?:k_proj)": {}, "+:.*(?:mlp.down_proj)": {"bits": 8, "group_size": 16}, r"+:.*(?:layers\.1\.)": {"bits": 2}}
+    assert settings["dynamic"] == own
+    code, stdout, _ = in_process("inspect", tmp_path / "out")
+    assert code == 0
+    assert "down_proj" in stdout
 
 
 def test_models_of_different_vocabularies_are_not_compared(small_model, tmp_path):
