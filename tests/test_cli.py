@@ -67,6 +67,24 @@ def test_eval(packed, small_model, tmp_path):
     assert 0 < scores["top1_agreement"] <= 1
 
 
+def test_eval_of_tasks(packed, small_model, tmp_path):
+    (tmp_path / "copa.jsonl").write_text(
+        "".join(json.dumps({"query": f"Once {i}", "choices": ["it was", "they were"], "gold": i % 2}) + "\n" for i in range(6))
+    )
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps({"context": f"Once {i}", "continuation": "more"}) + "\n" for i in range(6)))
+    tasks = ["--choice", tmp_path / "copa.jsonl", "--lambada", tmp_path / "words.jsonl", "--limit", 4]
+    code, stdout, stderr = in_process("eval", packed[0], "--against", small_model, *tasks, "--json", tmp_path / "scores.json")
+    assert code == 0, stderr
+    assert "KL" not in stdout  # no text was asked for
+    written = json.loads((tmp_path / "scores.json").read_text())
+    rows = {(row["task"], row["metric"]): row for row in written["tasks"]}
+    assert set(rows) == {("words", "accuracy"), ("words", "perplexity"), ("copa", "accuracy"), ("copa", "accuracy by length")}
+    row = rows["words", "perplexity"]
+    assert row["difference"]["value"] == pytest.approx(row["value"]["value"] / row["other"]["value"])
+    assert row["difference"]["interval"][0] < row["difference"]["value"] < row["difference"]["interval"][1]
+    assert written["limit"] == 4
+
+
 def test_generate_in_another_precision(packed):
     result = normtweak("generate", packed[0], "--prompt", "The ", "--max-new-tokens", 5, "--dtype", "bfloat16", "--activations", "int8")
     assert result.returncode == 0, result.stderr
@@ -122,6 +140,8 @@ def test_help_is_good_reading():
         (["eval", "MODEL", "--length", "20", "--json", "no/where.json"], "where.json must be in a folder that exists"),
         (["eval", "MODEL", "--length", "20", "--dtype", "fp32"], "compute_dtype: name must be auto, float32 or bfloat16, got fp32"),
         (["eval", "MODEL", "--windows", "0", "--length", "20"], "eval: windows, length must be at least 1 and 2"),
+        (["eval", "MODEL", "--lambada", "none.jsonl"], "eval: task must be a JSONL file, got none.jsonl"),
+        (["eval", "MODEL", "--choice", "a/x.jsonl", "--lambada", "b/x.jsonl"], "eval: files must be called differently"),
         (["generate", "MODEL", "--prompt", "a", "--activations", "int3"], "load: activations must be one of auto, int16, int8, int8_token, got int3"),
         (["generate", "MODEL", "--prompt", "a", "--dtype", "float8"], "name must be auto, float32 or bfloat16, got float8"),
         (["generate", "MODEL", "--prompt", ""], "generate: prompt must be some text"),
