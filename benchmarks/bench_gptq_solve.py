@@ -23,7 +23,7 @@ def total(n, k):
     weight, x = torch.randn(n, k), torch.randn(2 * k, k) * torch.linspace(0.3, 3, k)
     hessian = x.t() @ x / len(x)
     config = QuantizeConfig(bits=4, group_size=GROUP_SIZE)
-    call = {variant: lambda: Solver(hessian, config, "benchmark").quantize(weight) for variant in VARIANTS}
+    call = {variant: lambda: Solver(hessian, config, "benchmark").quantize(weight, config) for variant in VARIANTS}
     # Per value and candidate of the clip search: divide, two bounds, round, multiply, subtract, square, add.
     flops = n * k * k + 2 * k**3 // 3 + 8 * config.clip_steps * n * k
     return call, {"op": "gptq_solve", "case": f"N={n} K={k} grids, factor and loop", "moved": 5 * n * k + 8 * k * k, "flops": flops}

@@ -1,8 +1,8 @@
 """normtweak: quantize a language model layer by layer, tweak its norms, serve the packed weights."""
 
-from .config import CalibrationConfig, QuantizeConfig, TweakConfig
+from .config import CalibrationConfig, ModuleOverride, QuantizeConfig, TweakConfig
 from .linear import PackedLinear
 from .models import load, load_tokenizer
 from .pipeline import Report, quantize
 
-__all__ = ["CalibrationConfig", "PackedLinear", "QuantizeConfig", "Report", "TweakConfig", "load", "load_tokenizer", "quantize"]
+__all__ = ["CalibrationConfig", "ModuleOverride", "PackedLinear", "QuantizeConfig", "Report", "TweakConfig", "load", "load_tokenizer", "quantize"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ class BlockCalls:
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList) -> None:
         self._model, self._blocks = model, blocks
+        self._as_tuple = False
         self._calls: dict[int, list[Call]] = {}
 
     @torch.no_grad()
@@ -31,9 +32,10 @@ class BlockCalls:
         """
         # A model takes a block's output as it is, or as the first of a tuple. Taking the first of a tensor, it loses the batch dimension.
         try:
-            hidden, calls = self._record(tokens, as_tuple=False)
+            hidden, calls = self._record(tokens)
         except _TupleWanted:
-            hidden, calls = self._record(tokens, as_tuple=True)
+            self._as_tuple = True
+            hidden, calls = self._record(tokens)
         if len(calls) != len(self._blocks):
             raise ValueError(f"activations: the model must call each of its {len(self._blocks)} blocks once, got {len(calls)} calls")
         known = self._calls.setdefault(len(tokens), calls)
@@ -41,31 +43,50 @@ class BlockCalls:
             raise ValueError("activations: a block's arguments must not depend on the tokens, got some that do")
         return hidden.float()
 
-    def _record(self, tokens: Tensor, as_tuple: bool) -> tuple[Tensor, list[Call]]:
+    def _record(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         first: list[Tensor] = []
         calls: list[Call] = []
 
         def stand_in(hidden: Tensor, *args: Any, **named: Any) -> Any:
-            if first and hidden.dim() < first[0].dim() and not as_tuple:
+            if first and hidden.dim() < first[0].dim() and not self._as_tuple:
                 raise _TupleWanted
             first.append(hidden)
             calls.append((args, named))
             if len(calls) == len(self._blocks):
-                raise _LastBlock  # what follows, final norm and output head, isn't needed and may not be loaded
-            return (hidden,) if as_tuple else hidden
+                raise _Enough  # what follows, final norm and output head, isn't needed and may not be loaded
+            return (hidden,) if self._as_tuple else hidden
 
+        with suppress(_Enough):
+            self._run(tokens, stand_in)
+        if not first:
+            raise ValueError(f"activations: the model must call each of its {len(self._blocks)} blocks once, got 0 calls")
+        return first[0], calls
+
+    @torch.no_grad()
+    def leave(self, tokens: Tensor, hidden: Tensor, head: nn.Module) -> None:
+        """Send what the last block gave for tokens [B, L], hidden [B, L, H], as far as `head`, whose forward hooks see it; `embed` came before.
+
+        What the family does behind its blocks, a norm or more, is done by the family's own code. No logits are computed.
+        """
+
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise _Enough
+
+        handle = head.register_forward_pre_hook(stop)
+        try:
+            with suppress(_Enough):
+                self._run(tokens, lambda *args, **named: (hidden,) if self._as_tuple else hidden)
+        finally:
+            handle.remove()
+
+    def _run(self, tokens: Tensor, stand_in: Callable[..., Any]) -> None:
         for block in self._blocks:
             block.forward = stand_in
         try:
             self._model(input_ids=tokens, use_cache=False)
-        except _LastBlock:
-            pass
         finally:
             for block in self._blocks:
                 del block.forward
-        if not first:
-            raise ValueError(f"activations: the model must call each of its {len(self._blocks)} blocks once, got 0 calls")
-        return first[0], calls
 
     def of(self, index: int, batch: int) -> Call:
         """The arguments of block `index` for a batch of `batch` sequences, seen by `embed` before."""
@@ -86,8 +107,8 @@ def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b)
 
 
-class _LastBlock(Exception):
-    """Every block's arguments are known."""
+class _Enough(Exception):
+    """What was wanted of a run is known."""
 
 
 class _TupleWanted(Exception):
@@ -112,7 +133,7 @@ class Stream:
         with computing(hidden.device.type, self.compute_dtype):
             args, named = self._calls.of(index, len(hidden))
             output = block(hidden, *args, **named)
-        return (output[0] if isinstance(output, tuple) else output).float()
+        return (output[0] if isinstance(output, tuple | list) else output).float()
 
     @torch.no_grad()
     def through(self, block: nn.Module, index: int) -> Tensor:

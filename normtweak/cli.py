@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,6 +76,18 @@ def quantize(
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store zero points; worth it at 2 bits.")] = False,
     method: Annotated[str | None, typer.Option(help="gptq or rtn.", show_default="gptq")] = None,
     preset: Annotated[str, typer.Option(help="default (best measured recipe) or paper (Algorithm 1 to the letter).")] = "default",
+    module: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=BITS[:GROUP_SIZE]",
+            help="Other bits for linears whose path has this regular expression in it; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Leave linears whose path has this in it as they are; repeatable.", show_default=False)
+    ] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output head too.")] = False,
     no_tweak: Annotated[bool, typer.Option("--no-tweak", help="Leave the norms as they are.")] = False,
     calibration: Annotated[
         str | None, typer.Option(help="generated (by the model itself), random, or a UTF-8 text FILE.txt.", show_default="generated")
@@ -86,11 +99,17 @@ def quantize(
 ) -> None:
     """Quantize MODEL block by block, tweak each block's norms, write a packed checkpoint (GPTQ v1 layout)."""
     from . import pipeline
-    from .config import QuantizeConfig
+    from .config import ModuleOverride, QuantizeConfig
 
     settings = _read_settings(config)
     given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "method": method, "seed": seed}
     settings |= {key: value for key, value in given.items() if value is not None}
+    if module:
+        settings["overrides"] = [ModuleOverride.parse(entry) for entry in module]
+    if skip:
+        settings["skip"] = skip
+    if lm_head:
+        settings["lm_head"] = True
     text = {key: value for key, value in {"source": calibration, "samples": samples, "length": length}.items() if value is not None}
     if text:
         settings["calibration"] = {**settings["calibration"], **text} if isinstance(settings.get("calibration"), dict) else text
@@ -108,44 +127,65 @@ def quantize(
 def evaluate(
     model: Model,
     against: Annotated[
-        str | None, typer.Option(metavar="FLOAT", help="Float model for KL divergence and top-1 agreement.", show_default=False)
+        str | None, typer.Option(metavar="MODEL", help="A second model, the float one say, that all figures are compared with.", show_default=False)
     ] = None,
-    text: Annotated[list[str] | None, typer.Option(metavar="FILE", help="UTF-8 text; repeatable. Default: the Python language reference.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="UTF-8 text; repeatable. Default, when no task is given: the Python language reference.")
+    ] = None,
     windows: Annotated[int, typer.Option(help="Windows taken from each text, evenly spaced.")] = 40,
     length: Annotated[int, typer.Option(help="Tokens in each window.")] = 512,
+    lambada: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE.jsonl", help="Last words of passages (context, continuation); repeatable.", show_default=False)
+    ] = None,
+    choice: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE.jsonl", help="Multiple choice: HellaSwag, PIQA, WinoGrande, OpenBookQA, COPA; repeatable.", show_default=False),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="LIST", help="Any of lm-eval's tasks, by commas (extra: eval).", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(help="So many items of each task at most.", min=1, show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="Of matrix products: auto, float32 or bfloat16.")] = "auto",
     activations: Activations = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores here.", show_default=False)] = None,
 ) -> None:
-    """Perplexity of MODEL, and how far it is from the float model."""
+    """Perplexity of MODEL and how far it is from a second one; tasks with standard errors, and paired differences with 95 % intervals."""
     from . import models
     from .activations import compute_dtype
     from .checkpoint import check_parent, write_json
-    from .evaluate import PYTHON_DOCS, read_text, score, text_windows
+    from .evaluate import PYTHON_DOCS, Suite, read_text, score, text_windows
 
     precision = compute_dtype(dtype)
     if json_file is not None:
         check_parent(json_file)
-    texts = {name: read_text(name) for name in text or [PYTHON_DOCS]}
+    suite = Suite.read(lambada or [], choice or [], tasks.split(",") if tasks else [], limit)
+    texts = {name: read_text(name) for name in text or ([] if suite else [PYTHON_DOCS])}
     folder = models.ModelFolder(models.resolve(model))
-    folder.check_length("eval", length)
+    if texts:
+        folder.check_length("eval", length)
     if against is not None:
         folder.check_same_vocabulary("eval", models.ModelFolder(models.resolve(against)))
     tokenizer = folder.tokenizer
     chosen = {name: text_windows(tokenizer, content, windows, length) for name, content in texts.items()}
     loaded = models.load(model, activations=activations)
     reference = None if against is None else models.load(against)
-    table = Table("text", "perplexity", "KL to float", "top-1 agreement")
-    scores: dict[str, Any] = {}
-    for name, ids in chosen.items():
-        result = score(loaded, tokenizer, ids, against=reference, dtype=precision, progress=TerminalProgress())
-        scores[name] = vars(result)
-        table.add_row(name, f"{result.perplexity:.3f}", _or_dash(result.kl, ".4f"), _or_dash(result.top1_agreement, ".1%"))
-    console.print(table)
+    scores = {name: score(loaded, tokenizer, ids, against=reference, dtype=precision, progress=TerminalProgress()) for name, ids in chosen.items()}
+    rows = suite.run(loaded, tokenizer, against=reference, dtype=precision, progress=TerminalProgress())
+    if scores:
+        table = Table("text", "perplexity", "over the other's [95 %]", "KL to it", "top-1 agreement")
+        for name, s in scores.items():
+            table.add_row(
+                name, _with_error(s.perplexity, s.standard_error, ".3f"), _or_dash(s.ratio),
+                _with_error(s.kl, s.kl_error, ".4f"), _with_error(s.top1_agreement, s.top1_error, ".1%"),
+            )  # fmt: skip
+        console.print(table)
+    if rows:
+        table = Table("task", "metric", "value", "the other's", "difference (of perplexities: ratio) [95 %]")
+        for row in rows:
+            table.add_row(row.task, row.metric, str(row.value), _or_dash(row.other), _or_dash(row.difference))
+        console.print(table)
     if json_file is not None:
         settings = {"model": model, "against": against, "windows": windows, "length": length, "dtype": str(precision).removeprefix("torch.")}
-        settings |= {"activations": activations}
-        write_json(json_file, settings | {"scores": scores})
+        settings |= {"activations": activations, "limit": limit}
+        write_json(json_file, settings | {"scores": {name: asdict(s) for name, s in scores.items()}, "tasks": [asdict(row) for row in rows]})
 
 
 @app.command()
@@ -216,8 +256,12 @@ def _read_settings(path: Path | None) -> dict[str, Any]:
     return settings
 
 
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def _with_error(value: float | None, error: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form) + ("" if error is None else f" ± {format(error, form)}")
 
 
 def main() -> None:

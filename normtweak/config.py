@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,47 @@ class TweakConfig:
 
 
 @dataclass(frozen=True)
+class ModuleOverride:
+    """Bits and group size of some linears: those in whose path `pattern`, a regular expression, is found. None keeps the run's own."""
+
+    pattern: str
+    bits: int | None = None
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        where = "ModuleOverride"
+        _check_pattern(where, "pattern", self.pattern)
+        require(self.bits is not None or self.group_size is not None, where, "bits, group_size", "given, one of them at least", "neither")
+        require(self.bits is None or self.bits in BITS, where, "bits", "one of " + ", ".join(map(str, BITS)), self.bits)
+        _check_group_size(where, -1 if self.group_size is None else self.group_size)
+
+    def given(self) -> dict[str, Any]:
+        """Bits and group size, of them what isn't None."""
+        settings = {"bits": self.bits, "group_size": self.group_size}
+        return {key: value for key, value in settings.items() if value is not None}
+
+    @classmethod
+    def parse(cls, text: str) -> ModuleOverride:
+        """From `PATTERN=BITS` or `PATTERN=BITS:GROUP_SIZE`. Raises ValueError for anything else."""
+        form = re.fullmatch(r"(?P<pattern>.+)=(?P<bits>\d+)(:(?P<group_size>-?\d+))?", text)
+        require(form is not None, "ModuleOverride", "text", "PATTERN=BITS or PATTERN=BITS:GROUP_SIZE", text)
+        assert form is not None
+        return cls(form["pattern"], int(form["bits"]), int(form["group_size"]) if form["group_size"] else None)
+
+
+def _check_pattern(where: str, argument: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}: {argument} must be a regular expression, got {pattern!r} ({error})") from None
+    require(bool(pattern), where, argument, "a regular expression", "an empty one")
+
+
+def _check_group_size(where: str, group_size: int) -> None:
+    require(group_size == -1 or group_size >= 1, where, "group_size", "-1 (per channel) or 1 or more", group_size)
+
+
+@dataclass(frozen=True)
 class QuantizeConfig:
     """One quantization run.
 
@@ -99,6 +141,8 @@ class QuantizeConfig:
     with the largest Hessian diagonal first (groups stay where they are: static groups). block_size: columns per GPTQ block, where
     the solve goes by blocks of one width (on a CPU with native kernels it doesn't).
     clip_steps: candidates of the clip search, 0 for plain min-max ranges.
+    overrides: other bits and group sizes for some linears; the first whose pattern is found in a linear's path counts. skip: patterns of linears
+    that stay as they are, which counts before any override. lm_head: quantize the output head too.
     tweak: how norms are tweaked, or None to leave them. compute_dtype: "auto", "float32" or "bfloat16", in which activations are multiplied.
     """
 
@@ -110,6 +154,9 @@ class QuantizeConfig:
     act_order: bool = True
     block_size: int = 128
     clip_steps: int = 24
+    overrides: tuple[ModuleOverride, ...] = ()
+    skip: tuple[str, ...] = ()
+    lm_head: bool = False
     tweak: TweakConfig | None = field(default_factory=TweakConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     compute_dtype: str = "auto"
@@ -118,7 +165,9 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         where = "QuantizeConfig"
         _one_of(where, "bits", self.bits, BITS)
-        require(self.group_size == -1 or self.group_size >= 1, where, "group_size", "-1 (per channel) or 1 or more", self.group_size)
+        _check_group_size(where, self.group_size)
+        for pattern in self.skip:
+            _check_pattern(where, "skip", pattern)
         _one_of(where, "method", self.method, ("gptq", "rtn"))
         require(0 < self.damp_percent < 1, where, "damp_percent", "a fraction between 0 and 1", self.damp_percent)
         require(self.block_size >= 1, where, "block_size", "1 or more", self.block_size)
@@ -147,6 +196,15 @@ class QuantizeConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` takes."""
         return dataclasses.asdict(self)
+
+    def for_module(self, path: str) -> QuantizeConfig | None:
+        """The settings of the linear at `path` in the model, its own bits and group size in place; None for one that is skipped."""
+        if any(re.search(pattern, path) for pattern in self.skip):
+            return None
+        own = next((override for override in self.overrides if re.search(override.pattern, path)), None)
+        if own is None:
+            return self
+        return dataclasses.replace(self, **own.given())
 
     @property
     def needs_calibration(self) -> bool:
@@ -189,6 +247,9 @@ def _from_dict(cls: Any, settings: Any) -> Any:
 
 
 def _typed(where: str, key: str, wanted: Any, value: Any) -> Any:
+    if typing.get_origin(wanted) is tuple:
+        require(isinstance(value, list | tuple), where, key, "a list", repr(value))
+        return tuple(_typed(where, key, typing.get_args(wanted)[0], item) for item in value)
     options: tuple[Any, ...] = typing.get_args(wanted) or (wanted,)
     if value is None and type(None) in options:
         return None

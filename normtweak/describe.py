@@ -27,9 +27,9 @@ def describe(model: str | os.PathLike[str]) -> list[Section]:
     """Sections about a float or packed model, read from its headers alone: no weight is loaded."""
     folder = models.ModelFolder(models.resolve(model))
     skeleton = folder.skeleton()
-    path = models.block_path(skeleton)
+    path = models.present_blocks(skeleton)
     blocks = skeleton.get_submodule(path)
-    family = families.find(folder.config.model_type)
+    family = families.find(folder.config)
     parameters = sum(p.numel() for p in skeleton.parameters())
     size = sum(file.stat().st_size for file in folder.path.glob("*.safetensors"))
     shapes = Counter(f"{linear.out_features} x {linear.in_features}" for linear in quantizable_linears(blocks[0]).values())
@@ -50,7 +50,9 @@ def describe(model: str | os.PathLike[str]) -> list[Section]:
     settings = folder.quantization
     if settings is not None:
         rows: list[tuple[str, str]] = [
-            (key, str(settings[key])) for key in ("quant_method", "checkpoint_format", "bits", "group_size", "sym", "desc_act") if key in settings
+            (key, str(settings[key]))
+            for key in ("quant_method", "checkpoint_format", "bits", "group_size", "sym", "desc_act", "lm_head", "dynamic")
+            if key in settings
         ]
         sections.append(Section("quantization", rows))
     recipe = models.recipe(folder.path)

@@ -1,9 +1,9 @@
-"""PackedLinear: packed weights behind nn.Linear's face."""
+"""PackedLinear: packed weights behind nn.Linear's face; and other modules' weights presented as nn.Linear, for quantizers to find."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,9 +119,88 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, group_size={self.group_size}, {kind}"
 
 
+class Conv1DLinear(nn.Linear):
+    """GPT-2's Conv1D as an nn.Linear: the weight is [out, in] here and, as ever, [in, out] in state dictionaries and so in checkpoints."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].t().contiguous()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class RoutedLinear(nn.Linear):
+    """A linear of one expert: it is given only the tokens that are routed to it, which may be few or none."""
+
+
+class Experts(nn.ModuleList):
+    """A mixture's experts, each with linears of its own: y_t = sum over t's experts e of p_te * down_e(act(gate_e(x_t)) * up_e(x_t)).
+
+    names: what checkpoints call gate, up and down. Takes the place of a module that keeps all experts' weights in two tensors.
+    """
+
+    def __init__(self, count: int, hidden: int, intermediate: int, activation: Callable[[Tensor], Tensor], names: tuple[str, str, str]) -> None:
+        shapes = ((hidden, intermediate), (hidden, intermediate), (intermediate, hidden))
+        with torch.device("meta"):
+            experts = [
+                {name: RoutedLinear(*shape, bias=False) for name, shape in zip(names, shapes, strict=True)}
+                for _ in range(count)
+            ]  # fmt: skip
+        super().__init__(map(nn.ModuleDict, experts))
+        self.activation, self.names = activation, names
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden [T, H], the experts of each token int64 [T, k], their shares [T, k] -> [T, H]."""
+        output = torch.zeros_like(hidden)
+        for number in top_k_index.unique().tolist():
+            gate, up, down = (self[number][name] for name in self.names)
+            token, place = torch.where(top_k_index == number)
+            x = hidden[token]
+            y = down(self.activation(gate(x)) * up(x)) * top_k_weights[token, place, None]
+            output.index_add_(0, token, y.to(output.dtype))
+        return output
+
+
+def present_linears(block: nn.Module, experts: tuple[str, str, str]) -> None:
+    """Put nn.Linear modules in the place of a meta block's Conv1D and fused expert weights. experts: what checkpoints call gate, up and down.
+
+    Raises ValueError for three-dimensional weights of another layout, which would otherwise stay unquantized without a word.
+    """
+    for path, module in list(block.named_modules()):
+        if is_conv1d(module):
+            k, n = module.get_parameter("weight").shape
+            replace(block, path, Conv1DLinear(k, n, device="meta"))
+        elif any(p.dim() == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d):
+            replace(block, path, _unfused(path, module, experts))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's linear layer, whose weight is [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _unfused(path: str, fused: Any, names: tuple[str, str, str]) -> Experts:
+    shapes = {name: tuple(p.shape) for name, p in fused.named_parameters(recurse=False)}
+    known = set(shapes) == {"gate_up_proj", "down_proj"} and hasattr(fused, "act_fn")
+    # what transformers notes of layouts and gates that differ from the usual
+    known = known and not getattr(fused, "is_transposed", False) and getattr(fused, "is_concatenated", True)
+    gate = getattr(type(fused), "_apply_gate", None)
+    known = known and (gate is None or gate.__name__ == "_default_apply_gate")
+    if known:
+        count, hidden, intermediate = shapes["down_proj"]
+        known = shapes["gate_up_proj"] == (count, 2 * intermediate, hidden)
+    if not known:
+        wanted = "gate_up_proj [E, 2I, H] and down_proj [E, H, I] with an activation between, as Mixtral's and Qwen's experts have"
+        raise ValueError(f"model: the weights of {path} ({type(fused).__name__}) must be {wanted}, got {shapes}")
+    return Experts(count, hidden, intermediate, fused.act_fn, names)
+
+
 def quantizable_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The nn.Linear modules of a block by their path in it, in the order of the module tree."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    """The nn.Linear modules of a block by their path in it, in the order of the module tree; routers, which choose experts, are none of them."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear) and "Router" not in type(module).__name__}
 
 
 def replace(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -49,16 +49,17 @@ class BlockReport:
 
 
 def quantize_blocks(
+    path: str,
     count: int,
     open_block: Callable[[int], nn.Module],
     close_block: Callable[[int, nn.Module], None],
     stream: Stream | None,
     config: QuantizeConfig,
     progress: Progress,
-) -> list[BlockReport]:
-    """Quantize and tweak `count` blocks in order.
+) -> tuple[list[BlockReport], Stream | None]:
+    """Quantize and tweak `count` blocks in order; gives what happened to each, and the stream behind the last one.
 
-    open_block(l): block l with its float weights. close_block(l, block): called when block l is final, its linears packed.
+    path: of the blocks in the model. open_block(l): block l with its float weights. close_block(l, block): called when block l is final, its linears packed.
     stream: what the first block is given (None when the configuration looks at no text).
     Raises ValueError, naming it, for a block without linears or norms.
     """
@@ -71,7 +72,8 @@ def quantize_blocks(
         for index in range(count):
             began = time.perf_counter()
             block = open_block(index)
-            linears = quantizable_linears(block)
+            place = f"{path}.{index}."
+            linears = {place + name: linear for name, linear in quantizable_linears(block).items()}
             if not linears:
                 raise ValueError(f"quantize: block {index} must hold nn.Linear modules, got {type(block).__name__} without one")
 
@@ -90,7 +92,7 @@ def quantize_blocks(
 
             # 10: freeze
             for name, weight in weights.items():
-                replace(block, name, PackedLinear.from_weight(weight, linears[name].bias))
+                replace(block, name.removeprefix(place), PackedLinear.from_weight(weight, linears[name].bias))
             block.requires_grad_(False)
 
             # 11-16: tweak; 17: the tweaked quantized output goes on
@@ -102,7 +104,7 @@ def quantize_blocks(
             close_block(index, block)
             reports.append(BlockReport(index, time.perf_counter() - began, before, after))
             advance(str(reports[-1]))
-    return reports
+    return reports, stream
 
 
 def pass_through(block: nn.Module, index: int, stream: Stream | None, seen: list[Tensor]) -> Callable[[], None]:

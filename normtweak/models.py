@@ -24,9 +24,9 @@ from torch import nn
 from normtweak_kernels.dequant_gemm import ACTIVATIONS
 
 from . import families
-from .checkpoint import WeightFiles
+from .checkpoint import WeightFiles, module_settings
 from .config import BITS, require
-from .linear import PackedLinear, quantizable_linears, replace
+from .linear import PackedLinear, is_conv1d, present_linears, quantizable_linears, replace
 
 logger = logging.getLogger(__name__)
 
@@ -232,16 +232,49 @@ def block_path(model: Any) -> str:
 
     Raises ValueError for a model with no recognisable blocks.
     """
-    family = families.find(model.config.model_type)
+    family = families.find(model.config)
     if family is not None:
         return family.blocks
     candidates = {
         path: len(module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1 and all(quantizable_linears(child) for child in module)
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1 and all(map(_has_linears, module))
     }
+    # lists inside one another: the outer one holds the blocks, the inner ones a block's experts
+    candidates = {path: length for path, length in candidates.items() if not any(path.startswith(f"{outer}.") for outer in candidates)}
     require(bool(candidates), "model", model.config.model_type, "a decoder whose blocks are an nn.ModuleList with nn.Linear inside", "no such list")
     return max(candidates, key=candidates.__getitem__)
+
+
+def _has_linears(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.Linear) or is_conv1d(inner) for inner in module.modules())
+
+
+def present_blocks(model: Any) -> str:
+    """The path of a skeleton's blocks, after all weights in them that can be quantized were presented as nn.Linear (see `linear.present_linears`).
+
+    Raises ValueError for a model with no recognisable blocks, or with weights in an unknown layout.
+    """
+    path = block_path(model)
+    for block in model.get_submodule(path):
+        present_linears(block, _expert_names(model.config))
+    return path
+
+
+def _expert_names(config: Any) -> tuple[str, str, str]:
+    """What checkpoints call an expert's gate, up and down weights: the family says so, or transformers' own conversion of checkpoints, or it's the usual."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    family = families.find(config)
+    if family is not None:
+        return family.experts
+    leaves = {
+        target.rpartition(".")[2]: [source.removesuffix(".weight").rpartition(".")[2] for source in step.source_patterns]
+        for step in get_checkpoint_conversion_mapping(config.model_type) or []
+        for target in step.target_patterns
+    }
+    found = tuple(leaves.get("gate_up_proj", [])) + tuple(leaves.get("down_proj", []))
+    return found if len(found) == 3 else families.EXPERTS
 
 
 def load(model: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu", activations: str = "auto") -> Any:
@@ -293,16 +326,20 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
 def fill_packed(model: Any, folder: ModelFolder) -> None:
     """Give a skeleton a GPTQ checkpoint's weights: packed linears where it has codes, the rest as stored."""
     settings: dict[str, Any] = folder.quantization or {}
-    method, bits, form = settings.get("quant_method"), settings.get("bits", 0), settings.get("checkpoint_format", "gptq")
+    method, form = settings.get("quant_method"), settings.get("checkpoint_format", "gptq")
     require(method == "gptq", "load", "quant_method", "gptq", method)
-    require(isinstance(bits, int) and bits in BITS, "load", "bits", "one of 2, 3, 4, 8", bits)
     require(form in ("gptq", "gptq_v2"), "load", "checkpoint_format", "gptq or gptq_v2", form)
     weights = folder.weights
     packed = 0
+    present_blocks(model)
     for name, linear in quantizable_linears(model).items():
         stored = weights.find(f"{name}.qweight")
         if stored is None:
             continue
+        own = module_settings(settings, name)
+        require(own is not None, "load", name, "packed only where `dynamic` doesn't leave it out", "packed weights")
+        bits = (own or {}).get("bits", 0)
+        require(isinstance(bits, int) and bits in BITS, "load", "bits", "one of 2, 3, 4, 8", bits)
         prefix = stored.removesuffix("qweight")
         tensors = {}
         for leaf in ("qweight", "qzeros", "scales", "g_idx", "bias"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,9 @@ def gain_offset(norm: nn.Module) -> float:
         parameter.zero_()
     (width,) = norm.get_parameter("weight").shape
     x = torch.linspace(-1.0, 1.0, width, device=next(probe.parameters()).device).unsqueeze(0)
-    return 0.0 if probe(x).abs().max() < 1e-3 else 1.0
+    # some norms take a second tensor, a gate, that multiplies the result
+    wanted = [p for p in inspect.signature(probe.forward).parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return 0.0 if probe(*[x] * len(wanted)).abs().max() < 1e-3 else 1.0
 
 
 @dataclass

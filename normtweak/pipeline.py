@@ -6,11 +6,12 @@ import gc
 import logging
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import calibration, models, norms
+from . import calibration, families, models, norms, quantizers
 from .activations import BlockCalls, Stream, compute_dtype, embed_all
 from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter, packed_config
 from .config import QuantizeConfig, check_out_folder, require
@@ -84,8 +85,8 @@ def quantize(
                     tokens = _calibration_tokens(folder, config, progress)
             report = Report(out, seconds=stages.seconds)
             with stages("blocks"):
-                report.blocks = _run_blocks(plan, tokens, writer, progress)
-                _write_rest(plan, writer)
+                report.blocks, stream = _run_blocks(plan, tokens, writer, progress)
+                _write_rest(plan, _quantize_head(plan, tokens, stream, progress), writer)
             writer.write_json(RECIPE, _recipe(model, config, tokens, report))
             writer.finish()
     report.float_size, report.packed_size = plan.float_size, sum(path.stat().st_size for path in out.glob("*.safetensors"))
@@ -117,24 +118,30 @@ class _Plan:
         require(
             folder.quantization is None, "quantize", "model", "a float model", f"one quantized by {(folder.quantization or {}).get('quant_method')}"
         )
-        self.folder, self.config = folder, config
+        self.folder = folder
         self.model = folder.skeleton()
-        self.path = models.block_path(self.model)
+        self.path = models.present_blocks(self.model)
         self.modules: nn.ModuleList = self.model.get_submodule(self.path)
         self.blocks = len(self.modules)
         require(self.blocks > 0, "quantize", "model", "one with at least one block", "none")
         self.stored_dtype = _stored_dtype(folder)
-        self.packed_names = [f"{self.path}.{i}.{name}" for i, block in enumerate(self.modules) for name in quantizable_linears(block)]
-        require(bool(self.packed_names), "quantize", self.path, "a list of blocks with nn.Linear modules", "none")
-        for name in self.packed_names:
+        family = families.find(folder.config)
+        self.config = replace(config, skip=(*config.skip, *(family.keep if family else ())))
+        linears = [f"{self.path}.{name}" for name in quantizable_linears(self.modules)]
+        require(bool(linears), "quantize", self.path, "a list of blocks with nn.Linear modules", "none")
+        self.head = next((name for name, module in self.model.named_modules() if module is self.model.get_output_embeddings()), None)
+        if config.lm_head:
+            head = self.model.get_submodule(self.head) if self.head else None
+            require(isinstance(head, nn.Linear), "quantize", "lm_head", "off for a model without an output head that is an nn.Linear", "on")
+            linears.append(str(self.head))
+        _check_patterns(config, linears)
+        # each packed linear's own settings, by its path in the model
+        self.packed = {name: own for name in linears if (own := self.config.for_module(name))}
+        require(bool(self.packed), "quantize", "skip", "patterns that leave some linear to be quantized", config.skip)
+        for name, own in self.packed.items():
             k = self.model.get_submodule(name).in_features
-            require(
-                config.group_size == -1 or k % config.group_size == 0,
-                "quantize",
-                "group_size",
-                f"a divisor of {name}'s {k} input features",
-                config.group_size,
-            )
+            fits = own.group_size == -1 or k % own.group_size == 0
+            require(fits, "quantize", "group_size", f"a divisor of {name}'s {k} input features", own.group_size)
         self.tied = models.tied_names(self.model)
         self._check_parameters()
 
@@ -157,11 +164,12 @@ class _Plan:
     def packed_size(self) -> int:
         """Bytes of the checkpoint to be written."""
         size = self.float_size
-        for name in self.packed_names:
+        for name, own in self.packed.items():
             linear = self.model.get_submodule(name)
             n, k = linear.out_features, linear.in_features
-            groups = 1 if self.config.group_size == -1 else k // self.config.group_size
-            size += n * k * self.config.bits // 8 + groups * n * (16 + self.config.bits) // 8 + 4 * k - 2 * n * k
+            groups = 1 if own.group_size == -1 else k // own.group_size
+            size += n * k * own.bits // 8 + groups * n * (16 + own.bits) // 8 + 4 * k
+            size -= 0 if f"{name}.weight" in self.tied else 2 * n * k
         return size
 
     def check_disk(self, out: Path) -> None:
@@ -187,8 +195,7 @@ class _Plan:
     @contextmanager
     def entrance(self) -> Iterator[BlockCalls]:
         """What comes before the first block, in float32, while open."""
-        head = next((name for name, module in self.model.named_modules() if module is self.model.get_output_embeddings()), None)
-        self.folder.weights.fill(self.model, skip=(f"{self.path}.", *self.tied, *([f"{head}."] if head else [])))
+        self.folder.weights.fill(self.model, skip=(f"{self.path}.", *self.tied, *([f"{self.head}."] if self.head else [])))
         blocks = set(self.modules.modules())
         outside = [m for m in self.model.modules() if m not in blocks and any(not p.is_meta for p in m.parameters(recurse=False))]
         for module in outside:
@@ -207,6 +214,33 @@ class _Plan:
         self.folder.weights.fill(block, f"{self.path}.{index}.")
         return block.float().requires_grad_(False)
 
+    def open_head(self) -> nn.Linear:
+        """The output head with its float weights, float32; a tied one's are the embedding's."""
+        head = self.model.get_output_embeddings()
+        weight = f"{self.head}.weight"
+        source = self.model._tied_weights_keys[weight] if weight in self.tied else weight
+        read, find = self.folder.weights.read, self.folder.weights.find
+        values = {"weight": read(str(find(source)))} | ({} if head.bias is None else {"bias": read(str(find(f"{self.head}.bias")))})
+        head.load_state_dict(values, assign=True)
+        return head.float().requires_grad_(False)
+
+    def written_name(self, name: str) -> str:
+        """What the new checkpoint calls a tensor of the model: what the float checkpoint's files do, where they differ from today's modules."""
+        return self.folder.weights.written(name)
+
+    def written_packed(self, name: str, module: PackedLinear) -> dict[str, Tensor]:
+        """A packed linear's tensors by their names in the checkpoint."""
+        prefix = self.written_name(f"{name}.weight").removesuffix("weight")
+        return {prefix + leaf: tensor for leaf, tensor in module.to_gptq().items()}
+
+
+def _check_patterns(config: QuantizeConfig, names: list[str]) -> None:
+    """Raise ValueError for a pattern that no linear's path has: a slip of the pen that would otherwise go unseen."""
+    for argument, patterns in (("skip", config.skip), ("overrides", [own.pattern for own in config.overrides])):
+        for pattern in patterns:
+            found = any(re.search(pattern, name) for name in names)
+            require(found, "quantize", argument, f"patterns found in a linear's path (as in {names[0]})", f"{pattern!r}, found in none")
+
 
 def _stored_dtype(folder: ModelFolder) -> torch.dtype:
     # float32 checkpoints hold their embeddings in float16 afterwards: what isn't packed should not outweigh what is
@@ -222,7 +256,7 @@ def _calibration_tokens(folder: ModelFolder, config: QuantizeConfig, progress: P
     return tokens
 
 
-def _run_blocks(plan: _Plan, tokens: Tensor | None, writer: CheckpointWriter, progress: Progress) -> list[BlockReport]:
+def _run_blocks(plan: _Plan, tokens: Tensor | None, writer: CheckpointWriter, progress: Progress) -> tuple[list[BlockReport], Stream | None]:
     config = plan.config
     stream = None
     if tokens is not None:
@@ -232,41 +266,63 @@ def _run_blocks(plan: _Plan, tokens: Tensor | None, writer: CheckpointWriter, pr
         stream = Stream(hidden, calls, size, compute_dtype(config.compute_dtype))
 
     def close_block(index: int, block: nn.Module) -> None:
-        tensors: dict[str, Tensor] = {}
+        place = f"{plan.path}.{index}."
         packed = {name: module for name, module in block.named_modules() if isinstance(module, PackedLinear)}
+        tensors: dict[str, Tensor] = {}
         for name, module in packed.items():
-            tensors |= {f"{plan.path}.{index}.{name}.{leaf}": tensor for leaf, tensor in module.to_gptq().items()}
+            tensors |= plan.written_packed(place + name, module)
         for name, tensor in block.state_dict().items():
             if name.rpartition(".")[0] not in packed:
-                tensors[f"{plan.path}.{index}.{name}"] = tensor
+                tensors[plan.written_name(place + name)] = tensor
         # Steps of the tweak are finer than 16 bits: a gain near 1 moves by 2e-3, bfloat16's neighbours of 1 are 4e-3 and 8e-3 away.
-        fine = {f"{plan.path}.{index}.{p.name}" for p in norms.norm_parameters(block, relative=True)} if config.tweak else set()
+        fine = {plan.written_name(place + p.name) for p in norms.norm_parameters(block, relative=True)} if config.tweak else set()
         writer.write(index, {name: tensor if name in fine else _stored(tensor, plan.stored_dtype) for name, tensor in tensors.items()})
         block.to("meta")
 
-    return quantize_blocks(plan.blocks, plan.open_block, close_block, stream, config, progress)
+    return quantize_blocks(plan.path, plan.blocks, plan.open_block, close_block, stream, config, progress)
+
+
+def _quantize_head(plan: _Plan, tokens: Tensor | None, stream: Stream | None, progress: Progress) -> dict[str, Tensor]:
+    """The output head's packed tensors by name, none when it isn't quantized. stream: what the last block gave for the tokens."""
+    if plan.head not in plan.packed:
+        return {}
+
+    with plan.entrance() as calls, progress.task("quantizing the output head", 1) as advance, torch.no_grad():
+        head = plan.open_head()
+
+        def run() -> None:
+            if stream is None or tokens is None:
+                raise ValueError("quantize: this method must be given calibration text, got none")
+            calls.embed(tokens[:1])
+            for rows in stream.starts():
+                calls.leave(tokens[rows], stream.hidden[rows], head)
+
+        weight = quantizers.find(plan.config.method).quantize_block({plan.head: head}, run, plan.config)[plan.head]
+        advance()
+    return plan.written_packed(plan.head, PackedLinear.from_weight(weight, head.bias))
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.dtype in (torch.float32, torch.bfloat16) else tensor
 
 
-def _write_rest(plan: _Plan, writer: CheckpointWriter) -> None:
-    """Embeddings, final norm and head, then configuration, tokenizer, generation settings."""
+def _write_rest(plan: _Plan, head: dict[str, Tensor], writer: CheckpointWriter) -> None:
+    """Embeddings, final norm and head (packed tensors, or none), then configuration, tokenizer, generation settings."""
     weights = plan.folder.weights
-    rest: dict[str, Tensor] = {}
+    rest = {name: _stored(tensor, plan.stored_dtype) for name, tensor in head.items()}
     for name in plan.model.state_dict():
-        if name.startswith(f"{plan.path}.") or name in plan.tied:
+        if name.startswith(f"{plan.path}.") or name in plan.tied or name.rpartition(".")[0] in plan.packed:
             continue
         stored = weights.find(name)
         if stored is not None:
-            rest[name] = _stored(weights.read(stored), plan.stored_dtype)
+            rest[plan.written_name(name)] = _stored(weights.read(stored), plan.stored_dtype)
     writer.write(plan.blocks, rest)
-    skipped = [name for name in quantizable_linears(plan.model) if name not in set(plan.packed_names)]
-    c = plan.config
-    quantization = packed_config(c.bits, c.group_size, c.symmetric, c.act_order, c.damp_percent, version("normtweak"), skipped)
+    skipped = [name for name in quantizable_linears(plan.model) if name not in plan.packed]
+    quantization = packed_config(plan.config, version("normtweak"), skipped)
     settings = plan.folder.config.to_dict()
     settings |= {"dtype": str(plan.stored_dtype).removeprefix("torch."), "quantization_config": quantization}
+    if head:  # packed codes are no embedding
+        settings["tie_word_embeddings"] = False
     writer.write_json("config.json", settings)
     writer.write_json(QUANTIZE_CONFIG, quantization)
     plan.folder.tokenizer.save_pretrained(writer.partial)

@@ -19,7 +19,7 @@ def make_tokenizer(folder):
 
 
 def make_model(folder, model_type="llama", dtype=torch.float32, **settings):
-    """A small randomly initialised decoder with norms away from 1, saved with its tokenizer."""
+    """A small randomly initialised decoder with norms away from 1, saved with its tokenizer. settings: of its configuration; None drops one of the usual."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = make_tokenizer(folder)
@@ -29,7 +29,8 @@ def make_model(folder, model_type="llama", dtype=torch.float32, **settings):
         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
     }  # fmt: skip
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(sizes | settings)))
+    given = {key: value for key, value in (sizes | settings).items() if value is not None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **given))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

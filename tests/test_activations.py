@@ -15,7 +15,16 @@ FAMILIES = {
     "gpt_neox": {},
     "opt": {},
     "phi3": {},
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "glm4": {},
+    "gpt2": {},
+    "openai-gpt": {},
+    "bloom": {},
+    "falcon": {"head_dim": None, "num_key_value_heads": None, "alibi": True},
+    "mixtral": {"num_local_experts": 4},
 }
+# Their final norm, and whatever else comes before the output head.
+HEADS = {"llama": {}, "gemma2": FAMILIES["gemma2"], "gpt2": {}, "bloom": {}, "opt": {"word_embed_proj_dim": 32}, "cohere": {}}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -30,12 +39,34 @@ def test_blocks_in_turn_give_what_the_model_gives(tmp_path, model_type, batch_si
         stream = Stream(embed_all(calls := BlockCalls(model, blocks), tokens, batch_size), calls, batch_size, torch.float32)
         torch.testing.assert_close(stream.hidden, expected[0])
         last = []
-        handle = blocks[-1].register_forward_hook(lambda module, args, output: last.append(output[0] if isinstance(output, tuple) else output))
+        handle = blocks[-1].register_forward_hook(lambda module, args, output: last.append(output if isinstance(output, torch.Tensor) else output[0]))
         model(input_ids=tokens, use_cache=False)
         handle.remove()
         for index, block in enumerate(blocks):
             stream = stream.moved(stream.through(block, index))
             torch.testing.assert_close(stream.hidden, [*expected[: len(blocks)], *last][index + 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", HEADS)
+def test_what_leaves_the_blocks_reaches_the_head(tmp_path, model_type):
+    model = models.load(make_model(tmp_path, model_type, **HEADS[model_type]))
+    blocks = model.get_submodule(models.block_path(model))
+    tokens = torch.randint(2, 90, (4, 24))
+    head, seen = model.get_output_embeddings(), []
+    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits
+        calls = BlockCalls(model, blocks)
+        stream = Stream(embed_all(calls, tokens, 2), calls, 2, torch.float32)
+        for index, block in enumerate(blocks):
+            stream = stream.moved(stream.through(block, index))
+        for rows in stream.starts():
+            calls.leave(tokens[rows], stream.hidden[rows], head)
+        handle.remove()
+        expected, *parts = seen
+        torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-4, atol=1e-4)
+        # nothing stays behind: the model runs as before
+        assert torch.equal(model(tokens, use_cache=False).logits, logits)
 
 
 class TupleModel(nn.Module):

@@ -67,6 +67,24 @@ def test_eval(packed, small_model, tmp_path):
     assert 0 < scores["top1_agreement"] <= 1
 
 
+def test_eval_of_tasks(packed, small_model, tmp_path):
+    (tmp_path / "copa.jsonl").write_text(
+        "".join(json.dumps({"query": f"Once {i}", "choices": ["it was", "they were"], "gold": i % 2}) + "\n" for i in range(6))
+    )
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps({"context": f"Once {i}", "continuation": "more"}) + "\n" for i in range(6)))
+    tasks = ["--choice", tmp_path / "copa.jsonl", "--lambada", tmp_path / "words.jsonl", "--limit", 4]
+    code, stdout, stderr = in_process("eval", packed[0], "--against", small_model, *tasks, "--json", tmp_path / "scores.json")
+    assert code == 0, stderr
+    assert "KL" not in stdout  # no text was asked for
+    written = json.loads((tmp_path / "scores.json").read_text())
+    rows = {(row["task"], row["metric"]): row for row in written["tasks"]}
+    assert set(rows) == {("words", "accuracy"), ("words", "perplexity"), ("copa", "accuracy"), ("copa", "accuracy by length")}
+    row = rows["words", "perplexity"]
+    assert row["difference"]["value"] == pytest.approx(row["value"]["value"] / row["other"]["value"])
+    assert row["difference"]["interval"][0] < row["difference"]["value"] < row["difference"]["interval"][1]
+    assert written["limit"] == 4
+
+
 def test_generate_in_another_precision(packed):
     result = normtweak("generate", packed[0], "--prompt", "The ", "--max-new-tokens", 5, "--dtype", "bfloat16", "--activations", "int8")
     assert result.returncode == 0, result.stderr
@@ -105,6 +123,11 @@ def test_help_is_good_reading():
         (["quantize", "no/such-model", "--out", "OUT"], "model: no/such-model must be"),
         (["quantize", "MODEL", "--out", "OUT", "--group-size", "48"], "group_size must be a divisor"),
         (["quantize", "MODEL", "--out", "OUT", "--bits", "5"], "bits must be one of 2, 3, 4, 8, got 5"),
+        (
+            ["quantize", "MODEL", "--out", "OUT", "--module", "up_proj:4"],
+            "ModuleOverride: text must be PATTERN=BITS or PATTERN=BITS:GROUP_SIZE, got up_proj:4",
+        ),
+        (["quantize", "MODEL", "--out", "OUT", "--skip", "nothing"], "quantize: skip must be patterns found in a linear's path"),
         (["quantize", "MODEL", "--out", "MODEL"], "out must be a new or empty folder"),
         (["quantize", "MODEL", "--out", "OUT", "--method", "magic"], "method must be one of gptq, rtn, got magic"),
         (["quantize", "MODEL", "--out", "OUT", "--preset", "best"], "preset must be one of default, paper, got best"),
@@ -117,6 +140,8 @@ def test_help_is_good_reading():
         (["eval", "MODEL", "--length", "20", "--json", "no/where.json"], "where.json must be in a folder that exists"),
         (["eval", "MODEL", "--length", "20", "--dtype", "fp32"], "compute_dtype: name must be auto, float32 or bfloat16, got fp32"),
         (["eval", "MODEL", "--windows", "0", "--length", "20"], "eval: windows, length must be at least 1 and 2"),
+        (["eval", "MODEL", "--lambada", "none.jsonl"], "eval: task must be a JSONL file, got none.jsonl"),
+        (["eval", "MODEL", "--choice", "a/x.jsonl", "--lambada", "b/x.jsonl"], "eval: files must be called differently"),
         (["generate", "MODEL", "--prompt", "a", "--activations", "int3"], "load: activations must be one of auto, int16, int8, int8_token, got int3"),
         (["generate", "MODEL", "--prompt", "a", "--dtype", "float8"], "name must be auto, float32 or bfloat16, got float8"),
         (["generate", "MODEL", "--prompt", ""], "generate: prompt must be some text"),
@@ -157,6 +182,19 @@ def test_the_config_file_counts_unless_an_option_is_given(small_model, tmp_path)
     assert (config["bits"], config["group_size"], config["symmetric"], config["tweak"]) == (3, 32, False, None)
     assert recipe["calibration_tokens"] == 40
     assert recipe["seconds"]["blocks"] > 0
+
+
+def test_modules_of_their_own(small_model, tmp_path):
+    options = ["--module", "mlp.down_proj=8:16", "--module", r"layers\.1\.=2", "--skip", "k_proj", "--lm-head", "--method", "rtn", "--no-tweak"]
+    code, _, stderr = in_process("quantize", small_model, "--out", tmp_path / "out", "--group-size", 32, *options, *SMALL)
+    assert code == 0, stderr
+    settings = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert settings["lm_head"] is True
+    own = {"-:.*(?:k_proj)": {}, "+:.*(?:mlp.down_proj)": {"bits": 8, "group_size": 16}, r"+:.*(?:layers\.1\.)": {"bits": 2}}
+    assert settings["dynamic"] == own
+    code, stdout, _ = in_process("inspect", tmp_path / "out")
+    assert code == 0
+    assert "down_proj" in stdout
 
 
 def test_models_of_different_vocabularies_are_not_compared(small_model, tmp_path):

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from normtweak import CalibrationConfig, QuantizeConfig, TweakConfig
+from normtweak import CalibrationConfig, ModuleOverride, QuantizeConfig, TweakConfig
 
 
 def test_round_trip():
@@ -31,11 +31,49 @@ def test_paper_preset_is_algorithm_1_to_the_letter():
         ({"calibration": {"length": 4}}, "CalibrationConfig: length must be 8 or more tokens, got 4"),
         ({"calibration": 3}, "CalibrationConfig: settings must be a table"),
         ({"seed": -1}, "seed must be 0 or more"),
+        ({"overrides": [{"pattern": "("}]}, "ModuleOverride: pattern must be a regular expression, got '\\('"),
+        ({"overrides": [{"pattern": "", "bits": 4}]}, "ModuleOverride: pattern must be a regular expression, got an empty one"),
+        ({"overrides": [{"pattern": "x", "bits": 5}]}, "ModuleOverride: bits must be one of 2, 3, 4, 8, got 5"),
+        ({"overrides": [{"pattern": "x", "group_size": 0}]}, "ModuleOverride: group_size must be -1"),
+        ({"overrides": [{"pattern": "x"}]}, "bits, group_size must be given, one of them at least, got neither"),
+        ({"overrides": [{"pattern": "x", "wits": 4}]}, "ModuleOverride: key must be one of pattern, bits, group_size, got wits"),
+        ({"overrides": "x"}, "QuantizeConfig: overrides must be a list, got 'x'"),
+        ({"skip": ["+"]}, "QuantizeConfig: skip must be a regular expression, got '\\+'"),
+        ({"skip": [3]}, "QuantizeConfig: skip must be str, got 3"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         QuantizeConfig.from_dict(settings)
+
+
+def test_settings_of_one_module():
+    overrides = [
+        {"pattern": "down_proj$", "bits": 8, "group_size": 32},
+        {"pattern": r"layers\.1\.", "bits": 3},
+        {"pattern": "proj", "group_size": 16},
+    ]
+    config = QuantizeConfig.from_dict({"bits": 4, "group_size": 64, "overrides": overrides, "skip": ["k_proj"]})
+    assert QuantizeConfig.from_dict(config.to_dict()) == config
+    found = {
+        name: config.for_module(name) for name in ("layers.1.down_proj", "layers.1.up_proj", "layers.0.up_proj", "layers.0.gate", "layers.1.k_proj")
+    }
+    assert {name: own and (own.bits, own.group_size) for name, own in found.items()} == {
+        "layers.1.down_proj": (8, 32),
+        "layers.1.up_proj": (3, 64),
+        "layers.0.up_proj": (4, 16),
+        "layers.0.gate": (4, 64),
+        "layers.1.k_proj": None,
+    }
+
+
+def test_an_override_in_a_word():
+    assert ModuleOverride.parse("mlp.down_proj=4:64") == ModuleOverride("mlp.down_proj", 4, 64)
+    assert ModuleOverride.parse("a=b=3") == ModuleOverride("a=b", 3)
+    assert ModuleOverride.parse("x=4:-1").group_size == -1
+    for text in ("x", "x=", "=4", "x=four", "x=4:", "x=4:64:2"):
+        with pytest.raises(ValueError, match=r"ModuleOverride: text must be PATTERN=BITS or PATTERN=BITS:GROUP_SIZE, got"):
+            ModuleOverride.parse(text)
 
 
 def test_a_preset_with_some_of_the_tweak_replaced():

@@ -18,10 +18,10 @@ FLOORS = [
     {"demo"},
     {"pipeline"},
     {"loop", "polish", "evaluate", "integrations", "describe"},
-    {"models", "text"},
+    {"models", "text", "tasks"},
     {"quantizers", "calibration", "checkpoint"},
     {"losses", "families", "norms", "activations", "linear"},
-    {"config", "progress", "memory"},
+    {"config", "estimates", "progress", "memory"},
 ]
 SIDEWAYS: set[tuple[str, str]] = set()
 # Heavy or optional packages, and the only files whose business they are.

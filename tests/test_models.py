@@ -93,10 +93,28 @@ def test_an_encoder_decoder_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_blocks_are_found_in_families_without_an_entry(tmp_path):
-    folder = make_model(tmp_path, "gpt_neox")
-    assert models.families.find("gpt_neox") is None
-    assert models.block_path(models.ModelFolder(folder).skeleton()) == "gpt_neox.layers"
+@pytest.mark.parametrize(("model_type", "settings", "path"), [("gptj", {"rotary_dim": 8}, "transformer.h"), ("openai-gpt", {}, "transformer.h")])
+def test_blocks_are_found_in_families_without_an_entry(tmp_path, model_type, settings, path):
+    folder = make_model(tmp_path, model_type, **settings)
+    assert models.families.find(models.ModelFolder(folder).config) is None
+    assert models.block_path(models.ModelFolder(folder).skeleton()) == path
+
+
+def test_experts_are_not_taken_for_blocks():
+    from torch import nn
+
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.experts = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
+
+    class Model(nn.Module):
+        class config:
+            model_type = "mixture"
+
+    model = Model()
+    model.layers = nn.ModuleList(Mixture() for _ in range(2))
+    assert models.block_path(model) == "layers"
 
 
 def test_no_recognisable_blocks(tmp_path):

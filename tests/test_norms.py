@@ -29,6 +29,15 @@ def test_offset_is_found_by_asking_the_norm(norm, offset):
     assert torch.equal(norm.weight, before)
 
 
+class GatedRMSNorm(nn.RMSNorm):
+    def forward(self, x, gate):
+        return super().forward(x) * torch.sigmoid(gate)
+
+
+def test_a_norm_with_a_gate_can_be_asked_too():
+    assert gain_offset(GatedRMSNorm(8)) == 0.0
+
+
 @pytest.mark.parametrize("module", [nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Embedding(8, 8), nn.LayerNorm(8, elementwise_affine=False)])
 def test_what_is_no_norm(module):
     assert not is_norm(module)

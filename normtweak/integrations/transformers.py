@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import GPTQConfig
 
-from ..linear import PackedLinear, quantizable_linears, replace
-from ..models import block_path
+from ..checkpoint import module_settings
+from ..linear import Conv1DLinear, PackedLinear, RoutedLinear, quantizable_linears, replace
+from ..models import present_blocks
 
 _THEIRS = AUTO_QUANTIZER_MAPPING["gptq"]
 
@@ -33,9 +35,19 @@ class NormTweakQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config: Any = self.quantization_config
-        blocks = model.get_submodule(block_path(model))
-        for name, linear in quantizable_linears(blocks).items():
-            replace(blocks, name, _StoredLinear(linear, config.bits, config.group_size))
+        settings = {"bits": config.bits, "group_size": config.group_size, "dynamic": config.dynamic}
+        plain = dict(model.named_modules())
+        path = present_blocks(model)
+        for name, linear in quantizable_linears(model).items():
+            own = module_settings(settings, name) if name.startswith(f"{path}.") or config.lm_head else None
+            if own is not None:
+                replace(model, name, _StoredLinear(linear, own["bits"], own["group_size"]))
+            elif isinstance(linear, Conv1DLinear):
+                replace(model, name, plain[name])
+            elif isinstance(linear, RoutedLinear):
+                raise ValueError(
+                    f"load: experts must all be quantized for transformers' loader, got {name} in floating point (normtweak.load reads it)"
+                )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         stored = {name: module for name, module in model.named_modules() if isinstance(module, _StoredLinear)}
@@ -50,6 +62,14 @@ class NormTweakQuantizer(HfQuantizer):
     def is_serializable(self, **kwargs: Any) -> bool:
         """Whether `save_pretrained` writes the model back: not yet."""
         return False
+
+
+class _Config(GPTQConfig):
+    """GPTQConfig that keeps what differs by module."""
+
+    def __init__(self, *args: Any, dynamic: dict[str, Any] | None = None, lm_head: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.dynamic, self.lm_head = dynamic, lm_head
 
 
 class _StoredLinear(nn.Module):
@@ -67,9 +87,15 @@ class _StoredLinear(nn.Module):
         if linear.bias is not None:
             self.register_buffer("bias", torch.empty(n, dtype=linear.bias.dtype))
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """Nothing: GPT-2 fills the weight of a module by this name at random before the checkpoint is read."""
+        return torch.empty(0)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """By GPTQ's names."""
         return dict(self.named_buffers())
 
 
 AUTO_QUANTIZER_MAPPING["gptq"] = NormTweakQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = _Config

@@ -16,7 +16,10 @@ class Quantizer(Protocol):
     """Chooses the codes of one block's linears."""
 
     def quantize_block(self, linears: Mapping[str, nn.Linear], run: Callable[[], None], config: QuantizeConfig) -> dict[str, QuantizedWeight]:
-        """The quantized weight of each linear. `run()` sends the calibration text through the block, for quantizers that look at activations."""
+        """The quantized weight of each linear that `config.for_module(path)` gives settings for. linears: by path in the model.
+
+        `run()` sends the calibration text through the block, for quantizers that look at activations.
+        """
         ...
 
 

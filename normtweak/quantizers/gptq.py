@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from normtweak_kernels import QuantizedWeight, gptq_solve, group_params, hessian_update, inverse_cholesky, mirror_lower
 
 from ..config import QuantizeConfig
+from ..linear import RoutedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -20,15 +22,44 @@ class GPTQ:
     """GPTQ with damping, activation order over static groups, and a clip search for the groups' ranges."""
 
     def quantize_block(self, linears: Mapping[str, nn.Linear], run: Callable[[], None], config: QuantizeConfig) -> dict[str, QuantizedWeight]:
-        """See Quantizer. Linears that are handed the same tensor share one Hessian and its factor."""
-        collector = HessianCollector(linears)
+        """See Quantizer. Linears that are handed the same tensor share one Hessian and its factor.
+
+        An expert's linears that too few tokens were routed to are rounded to nearest; a warning names them.
+        """
+        configs = {name: own for name in linears if (own := config.for_module(name))}
+        collector = HessianCollector({name: linears[name] for name in configs})
         with collector.attached():
             run()
         result: dict[str, QuantizedWeight] = {}
+        starved: list[str] = []
         for names, hessian in collector.shared():
+            if hessian is None:
+                k = linears[names[0]].in_features
+                starved += [f"{name} ({collector.tokens(name)} of {_enough(k)})" for name in names]
+                # Without a Hessian no error is passed on; without its diagonal the clip search would do harm.
+                hessian = torch.eye(k, device=linears[names[0]].weight.device)
+                configs |= {name: dataclasses.replace(configs[name], clip_steps=0) for name in names}
             solver = Solver(hessian, config, " ".join(names))
-            result |= {name: solver.quantize(linears[name].weight) for name in names}
-        return {name: result[name] for name in linears}
+            result |= {name: solver.quantize(linears[name].weight, configs[name]) for name in names}
+        if starved:
+            logger.warning("gptq: too few calibration tokens (of how many needed) were routed to %s; rounded to nearest", ", ".join(starved))
+        return {name: result[name] for name in configs}
+
+
+def _enough(in_features: int) -> int:
+    """How many tokens make an expert's Hessian worth more than none."""
+    return max(1, in_features // 32)
+
+
+def _shrunk(hessian: Tensor, tokens: int) -> Tensor:
+    """H + K / T * mean(diag H) * I: what a Hessian of few tokens T for its K inputs is worth beside none.
+
+    On gaussian inputs (K = 256, spectra i^0 to i^-1, 2 and 4 bits) GPTQ with the usual damping alone loses up to 2.7 times what rounding does when T = K / 2, and
+    still loses at T = 2 K; so damped it loses less than rounding from T = K / 32 on, and nothing at T = 8 K. Linears that every token reaches see far more.
+    """
+    k = len(hessian)
+    hessian.diagonal().add_(hessian.diagonal().mean() * k / tokens)
+    return hessian
 
 
 class HessianCollector:
@@ -52,14 +83,27 @@ class HessianCollector:
                 handle.remove()
             self._seen.clear()
 
-    def shared(self) -> list[tuple[list[str], Tensor]]:
-        """(linears with one input, their Hessian float32 [K, K]). Raises ValueError for a linear that no token reached."""
+    def tokens(self, name: str) -> int:
+        """How many tokens reached a linear."""
+        return self._tokens.get(self._leader.get(name, name), 0)
+
+    def shared(self) -> Iterator[tuple[list[str], Tensor | None]]:
+        """(linears with one input, their Hessian float32 [K, K] or None for an expert that too few tokens reached), one at a time.
+
+        Raises ValueError for another linear that no token reached.
+        """
         groups: dict[str, list[str]] = {}
-        for name in self._linears:
-            if not self._tokens.get(self._leader.get(name, "")):
+        for name, linear in self._linears.items():
+            if not self.tokens(name) and not isinstance(linear, RoutedLinear):
                 raise ValueError(f"gptq: every linear must see calibration tokens, got none for {name}")
-            groups.setdefault(self._leader[name], []).append(name)
-        return [(names, mirror_lower(self._sums.pop(leader).div_(self._tokens[leader]))) for leader, names in groups.items()]
+            groups.setdefault(self._leader.get(name, name), []).append(name)
+        for leader, names in groups.items():
+            total, tokens, linear = self._sums.pop(leader, None), self.tokens(leader), self._linears[leader]
+            if total is None or (isinstance(linear, RoutedLinear) and tokens < _enough(linear.in_features)):
+                yield names, None
+                continue
+            hessian = mirror_lower(total.div_(tokens))
+            yield names, _shrunk(hessian, tokens) if isinstance(linear, RoutedLinear) else hessian
 
     def _hook(self, name: str):
         def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -85,7 +129,6 @@ class Solver:
     """One Hessian's factor, and the solve of each weight that shares it."""
 
     def __init__(self, hessian: Tensor, config: QuantizeConfig, name: str) -> None:
-        self.config = config
         diagonal = hessian.diagonal()
         # A column's error costs in proportion to its input's energy: on SmolLM2-135M at W4 per-channel the clip search without these weights
         # makes perplexity worse than no search (61 against 52), with them far better (44).
@@ -94,9 +137,8 @@ class Solver:
         self.order = torch.argsort(diagonal, descending=True, stable=True) if config.act_order else None
         self.hinv = inverse_factor(hessian, config.damp_percent, name, self.order)
 
-    def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """Codes of a weight [N, K] that minimise tr((W - Q) H (W - Q)^T), greedily."""
-        config = self.config
+    def quantize(self, weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
+        """Codes of a weight [N, K] that minimise tr((W - Q) H (W - Q)^T), greedily. config: this weight's own."""
         weight = weight.detach().float()
         if self.dead.any():
             weight = weight.masked_fill(self.dead, 0.0)

@@ -17,7 +17,7 @@ class RTN:
 
     def quantize_block(self, linears: Mapping[str, nn.Linear], run: Callable[[], None], config: QuantizeConfig) -> dict[str, QuantizedWeight]:
         """See Quantizer."""
-        return {name: self._quantize(linear, config) for name, linear in linears.items()}
+        return {name: self._quantize(linear, own) for name, linear in linears.items() if (own := config.for_module(name))}
 
     def _quantize(self, linear: nn.Linear, config: QuantizeConfig) -> QuantizedWeight:
         weight = linear.weight.detach().float()

@@ -1,0 +1,16 @@
+"""Mixtral: a mixture of experts whose weights are called w1, w3 and w2."""
+
+from . import Family, Norm
+
+FAMILIES = (
+    Family(
+        model_types=("mixtral",),
+        blocks="model.layers",
+        norms=(
+            Norm("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            Norm("post_attention_layernorm", ("mlp.gate", "mlp.experts.*.w1", "mlp.experts.*.w3")),
+        ),
+        final_norm="model.norm",
+        experts=("w1", "w3", "w2"),
+    ),
+)
