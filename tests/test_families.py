@@ -89,10 +89,13 @@ def reference(float_folder, packed_folder):
                     names = packed.get_submodule(f"{mixture}.experts").names
                     fused = parameters[f"{mixture}.experts.{'down_proj' if leaf == names[2] else 'gate_up_proj'}"][int(number)]
                     half = fused.shape[0] // 2
-                    {names[0]: fused[:half], names[1]: fused[half:], names[2]: fused}[leaf].copy_(weight)
+                    own = {names[0]: fused[:half], names[1]: fused[half:], names[2]: fused}[leaf]
                 else:
                     own = parameters[f"{name}.weight"]
-                    own.copy_(weight.t() if type(model.get_submodule(name)).__name__ == "Conv1D" else weight)
+                weight = weight.t() if type(model.get_submodule(name.partition(".experts.")[0])).__name__ == "Conv1D" else weight
+                # columns of inputs that are never seen, behind a ReLU, are zero
+                assert (weight * own).sum() > 0.5 * weight.norm() * own.norm(), name
+                own.copy_(weight)
     return model, packed
 
 
