@@ -79,11 +79,18 @@ class BlockCalls:
         finally:
             handle.remove()
 
-    def _run(self, tokens: Tensor, stand_in: Callable[..., Any]) -> None:
+    def logits(self, tokens: Tensor, hidden: Tensor, values: dict[str, Tensor]) -> Tensor:
+        """What the model makes [B, L, V] of what the last block gave for tokens [B, L], hidden [B, L, H]; `embed` came before.
+
+        values: parameters by name that stand for the model's own.
+        """
+        return self._run(tokens, lambda *args, **named: (hidden,) if self._as_tuple else hidden, values).logits
+
+    def _run(self, tokens: Tensor, stand_in: Callable[..., Any], values: dict[str, Tensor] | None = None) -> Any:
         for block in self._blocks:
             block.forward = stand_in
         try:
-            self._model(input_ids=tokens, use_cache=False)
+            return torch.func.functional_call(self._model, values or {}, kwargs={"input_ids": tokens, "use_cache": False})
         finally:
             for block in self._blocks:
                 del block.forward
@@ -167,3 +174,10 @@ def embed_all(calls: BlockCalls, tokens: Tensor, batch_size: int, also: Iterable
         if size <= len(tokens):
             calls.embed(tokens[:size])
     return torch.cat([calls.embed(batch) for batch in tokens.split(batch_size)])
+
+
+def split_rows(count: int, held_out: float) -> tuple[Tensor, Tensor]:
+    """Which sequences norms are trained on, and which their loss is measured on: the last ones, or all when none is held out."""
+    rows = torch.arange(count)
+    kept_back = min(max(1, round(count * held_out)), count - 1) if held_out > 0 else 0
+    return (rows[:-kept_back], rows[-kept_back:]) if kept_back else (rows, rows)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import QuantizeConfig, check_out_folder, require
@@ -168,6 +168,13 @@ class CheckpointWriter:
             save_file(whole, path, metadata={"format": "pt"})
         self._weight_map |= dict.fromkeys(whole, name)
         self._bytes += sum(tensor.nbytes for tensor in whole.values())
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give tensors that were written before other values, whole shard by whole shard."""
+        for file in sorted({self._weight_map[name] for name in tensors}):
+            shard = load_file(self.partial / file)
+            self._bytes -= sum(tensor.nbytes for tensor in shard.values())
+            self.write(int(file.split("-")[1]) - 1, {name: tensors.get(name, tensor) for name, tensor in shard.items()})
 
     def write_json(self, name: str, data: Any) -> None:
         """Write a JSON file."""

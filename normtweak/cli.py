@@ -88,7 +88,8 @@ def quantize(
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave linears whose path has this in it as they are; repeatable.", show_default=False)
     ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output head too.")] = False,
-    no_tweak: Annotated[bool, typer.Option("--no-tweak", help="Leave the norms as they are.")] = False,
+    no_tweak: Annotated[bool, typer.Option("--no-tweak", help="Leave the norms as they are: no tweak, no polish.")] = False,
+    no_polish: Annotated[bool, typer.Option("--no-polish", help="Tweak block by block alone, as the paper does.")] = False,
     calibration: Annotated[
         str | None, typer.Option(help="generated (by the model itself), random, or a UTF-8 text FILE.txt.", show_default="generated")
     ] = None,
@@ -115,6 +116,8 @@ def quantize(
         settings["calibration"] = {**settings["calibration"], **text} if isinstance(settings.get("calibration"), dict) else text
     if no_tweak:
         settings["tweak"] = None
+    if no_tweak or no_polish:
+        settings["polish"] = None
     report = pipeline.quantize(model, out=out, config=QuantizeConfig.preset(preset, **settings), progress=TerminalProgress())
     console.print(
         f"{report.out}: {report.packed_size / 1e6:.1f} MB (16-bit: {report.float_size / 1e6:.1f} MB), "

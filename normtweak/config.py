@@ -133,6 +133,28 @@ def _check_group_size(where: str, group_size: int) -> None:
 
 
 @dataclass(frozen=True)
+class PolishConfig:
+    """How all norms of the packed model are polished together after the last block (polish.py; an extension of the paper).
+
+    learning_rate: of Adam on relative steps, gain = gain0 * (1 + delta), falling linearly to 0. iterations: passes over the calibration text.
+    batch_size: sequences a step. held_out: share of the sequences, at least one, that is not trained on: unless the divergence from the float
+    model falls on them, the norms are left as they were.
+    """
+
+    learning_rate: float = 5e-3
+    iterations: int = 1
+    batch_size: int = 2
+    held_out: float = 0.125
+
+    def __post_init__(self) -> None:
+        where = "PolishConfig"
+        require(0 < self.learning_rate < 1, where, "learning_rate", "between 0 and 1", self.learning_rate)
+        require(self.iterations >= 1, where, "iterations", "1 or more", self.iterations)
+        require(self.batch_size >= 1, where, "batch_size", "1 or more", self.batch_size)
+        require(0 < self.held_out <= 0.5, where, "held_out", "above 0 and up to 0.5", self.held_out)
+
+
+@dataclass(frozen=True)
 class QuantizeConfig:
     """One quantization run.
 
@@ -143,7 +165,8 @@ class QuantizeConfig:
     clip_steps: candidates of the clip search, 0 for plain min-max ranges.
     overrides: other bits and group sizes for some linears; the first whose pattern is found in a linear's path counts. skip: patterns of linears
     that stay as they are, which counts before any override. lm_head: quantize the output head too.
-    tweak: how norms are tweaked, or None to leave them. compute_dtype: "auto", "float32" or "bfloat16", in which activations are multiplied.
+    tweak: how each block's norms are tweaked, or None to leave them. polish: how all norms are polished at the end, or
+    None; the default preset polishes unless its tweak is None. compute_dtype: "auto", "float32" or "bfloat16", in which activations are multiplied.
     """
 
     bits: int = 4
@@ -158,6 +181,7 @@ class QuantizeConfig:
     skip: tuple[str, ...] = ()
     lm_head: bool = False
     tweak: TweakConfig | None = field(default_factory=TweakConfig)
+    polish: PolishConfig | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     compute_dtype: str = "auto"
     seed: int = 0
@@ -186,6 +210,8 @@ class QuantizeConfig:
         if isinstance(tweak, dict):
             bits = settings.get("bits", cls.bits)
             settings["tweak"] = dataclasses.asdict(TWEAK_PRESETS[name](bits)) | tweak
+        if name == "default" and settings.get("tweak", tweak) is not None:
+            settings.setdefault("polish", PolishConfig())
         return cls.from_dict(settings)
 
     @classmethod
@@ -209,7 +235,7 @@ class QuantizeConfig:
     @property
     def needs_calibration(self) -> bool:
         """Whether any text is looked at."""
-        return self.method != "rtn" or self.tweak is not None
+        return self.method != "rtn" or self.tweak is not None or self.polish is not None
 
 
 def _default_tweak(bits: int) -> TweakConfig:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import losses, norms, quantizers
-from .activations import Stream
+from .activations import Stream, split_rows
 from .config import QuantizeConfig, TweakConfig
 from .linear import PackedLinear, quantizable_linears, replace
 from .progress import Progress
@@ -56,8 +56,9 @@ def quantize_blocks(
     stream: Stream | None,
     config: QuantizeConfig,
     progress: Progress,
-) -> tuple[list[BlockReport], Stream | None]:
-    """Quantize and tweak `count` blocks in order; gives what happened to each, and the stream behind the last one.
+) -> tuple[list[BlockReport], Stream | None, Stream | None]:
+    """Quantize and tweak `count` blocks in order; gives what happened to each, and behind the last one the stream and the float model's own
+    (None when neither tweak nor polish looks at it).
 
     path: of the blocks in the model. open_block(l): block l with its float weights. close_block(l, block): called when block l is final, its linears packed.
     stream: what the first block is given (None when the configuration looks at no text).
@@ -66,7 +67,7 @@ def quantize_blocks(
     quantizer = quantizers.find(config.method)
     tweak = config.tweak
     # The float model's own activations, kept beside the quantized ones when they are the target.
-    float_stream = stream if tweak and tweak.target_stream == "float" else None
+    float_stream = stream if config.polish or (tweak and tweak.target_stream == "float") else None
     reports = []
     with progress.task("quantizing", count) as advance:
         for index in range(count):
@@ -104,7 +105,7 @@ def quantize_blocks(
             close_block(index, block)
             reports.append(BlockReport(index, time.perf_counter() - began, before, after))
             advance(str(reports[-1]))
-    return reports, stream
+    return reports, stream, float_stream
 
 
 def pass_through(block: nn.Module, index: int, stream: Stream | None, seen: list[Tensor]) -> Callable[[], None]:
@@ -157,13 +158,6 @@ def tweak_block(block: nn.Module, index: int, count: int, stream: Stream, target
 def _assign(block: nn.Module, values: dict[str, Tensor]) -> None:
     for name, value in values.items():
         block.get_parameter(name).copy_(value)
-
-
-def split_rows(count: int, held_out: float) -> tuple[Tensor, Tensor]:
-    """Which sequences the tweak is trained on, and which its loss is measured on: the last ones, or all when none is held out."""
-    rows = torch.arange(count)
-    kept_back = min(max(1, round(count * held_out)), count - 1) if held_out > 0 else 0
-    return (rows[:-kept_back], rows[-kept_back:]) if kept_back else (rows, rows)
 
 
 def with_parameters(block: nn.Module, values: dict[str, Tensor]) -> Callable[..., Any]:

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from . import calibration, families, models, norms, quantizers
 from .activations import BlockCalls, Stream, compute_dtype, embed_all
 from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter, packed_config
-from .config import QuantizeConfig, check_out_folder, require
+from .config import PolishConfig, QuantizeConfig, check_out_folder, require
 from .linear import PackedLinear, quantizable_linears
 from .loop import BlockReport, quantize_blocks
 from .memory import PeakMemory
 from .models import ModelFolder
+from .polish import PolishReport, polish
 from .progress import Progress, Silent
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Report:
     peak_memory: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     blocks: list[BlockReport] = field(default_factory=list)
+    polish: PolishReport | None = None
 
 
 def quantize(
@@ -68,6 +70,9 @@ def quantize(
         folder = ModelFolder(models.resolve(model))
         plan = _Plan(folder, config)
         plan.check_disk(out)
+        sequences = config.calibration.samples if tokens is None else len(tokens)
+        enough = config.polish is None or sequences > 1
+        require(enough, "quantize", "polish", "given two sequences or more, as one is held out", sequences)
         if tokens is not None:
             plan.check_tokens(tokens)
         elif config.needs_calibration:
@@ -85,8 +90,11 @@ def quantize(
                     tokens = _calibration_tokens(folder, config, progress)
             report = Report(out, seconds=stages.seconds)
             with stages("blocks"):
-                report.blocks, stream = _run_blocks(plan, tokens, writer, progress)
+                report.blocks, stream, float_stream = _run_blocks(plan, tokens, writer, progress)
                 _write_rest(plan, _quantize_head(plan, tokens, stream, progress), writer)
+            if config.polish and tokens is not None and float_stream is not None:
+                with stages("polish"):
+                    report.polish = _polish(plan, config.polish, tokens, float_stream, writer, progress)
             writer.write_json(RECIPE, _recipe(model, config, tokens, report))
             writer.finish()
     report.float_size, report.packed_size = plan.float_size, sum(path.stat().st_size for path in out.glob("*.safetensors"))
@@ -256,7 +264,11 @@ def _calibration_tokens(folder: ModelFolder, config: QuantizeConfig, progress: P
     return tokens
 
 
-def _run_blocks(plan: _Plan, tokens: Tensor | None, writer: CheckpointWriter, progress: Progress) -> tuple[list[BlockReport], Stream | None]:
+# What happened to each block; the stream behind the last; the float model's own.
+_Blocks = tuple[list[BlockReport], Stream | None, Stream | None]
+
+
+def _run_blocks(plan: _Plan, tokens: Tensor | None, writer: CheckpointWriter, progress: Progress) -> _Blocks:
     config = plan.config
     stream = None
     if tokens is not None:
@@ -302,6 +314,17 @@ def _quantize_head(plan: _Plan, tokens: Tensor | None, stream: Stream | None, pr
     return plan.written_packed(plan.head, PackedLinear.from_weight(weight, head.bias))
 
 
+def _polish(plan: _Plan, config: PolishConfig, tokens: Tensor, float_stream: Stream, writer: CheckpointWriter, progress: Progress) -> PolishReport:
+    """Polish the norms of the checkpoint that has been written so far."""
+    model = models.load(writer.partial, dtype=torch.float32)
+    precision = compute_dtype(plan.config.compute_dtype)
+    blocks = model.get_submodule(plan.path)
+    report, values = polish(model, blocks, tokens, float_stream.hidden, config, dtype=precision, seed=plan.config.seed, progress=progress)
+    if report.accepted:
+        writer.replace({plan.written_name(name): value for name, value in values.items()})
+    return report
+
+
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.dtype in (torch.float32, torch.bfloat16) else tensor
 
@@ -337,6 +360,7 @@ def _recipe(model: str | os.PathLike[str], config: QuantizeConfig, tokens: Tenso
         "config": config.to_dict(),
         "calibration_tokens": None if tokens is None else tokens.numel(),
         "blocks": [asdict(block) for block in report.blocks],
+        "polish": asdict(report.polish) if report.polish else None,
         "seconds": report.seconds,
         "packages": packages | {"python": platform.python_version()},
     }

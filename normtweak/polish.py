@@ -1,0 +1,137 @@
+"""End-to-end polish: all norms of the packed model at once, against the float model's next-token distribution.
+
+An extension of Norm Tweaking (arXiv 2309.02784), whose Algorithm 1 looks at one block at a time (loop.py) and so can't see what an error costs at the
+output. Here Adam moves every norm, the last one too, down the gradient of
+
+    L = mean over tokens of KL(softmax(float logits) || softmax(packed logits)),
+
+with float32 masters, steps relative to each gain, and a rate that falls linearly to 0. Only norm parameters change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from . import norms
+from .activations import BlockCalls, computing, split_rows
+from .config import PolishConfig
+from .progress import Progress
+
+
+@dataclass(frozen=True)
+class PolishReport:
+    """KL(float || packed) per token on held-out calibration text before and after (nats), and whether the norms were changed."""
+
+    kl_before: float
+    kl_after: float
+    accepted: bool
+
+    def __str__(self) -> str:
+        return f"KL to float {self.kl_before:.4f} -> {self.kl_after:.4f}" + ("" if self.accepted else ", not accepted: norms are left as they were")
+
+
+def polish(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    float_hidden: Tensor,
+    config: PolishConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int = 0,
+    progress: Progress,
+) -> tuple[PolishReport, dict[str, Tensor]]:
+    """Polish the norms of a packed causal model in place.
+
+    blocks: the model's list of decoder blocks. tokens: int64 [S, L]. float_hidden: the float model's last block output for them, float32 [S, L, H].
+    dtype: of matrix products. Memory: the packed model, the activations that enter each block for `config.batch_size` sequences, one block's own, and
+    two sets of logits. Returns the report and the norm parameters by name, float32: changed ones, or the old where held-out text got no better.
+    Raises ValueError when the loss isn't finite.
+    """
+    parameters = norms.norm_parameters(model, relative=True)
+    start = {p.name: p.start for p in parameters}
+    model.requires_grad_(False)
+    own = {p.name: model.get_parameter(p.name).requires_grad_() for p in parameters}
+    objective = _Objective(model, blocks, tokens, float_hidden, start, dtype)
+    trained, held_out = split_rows(len(tokens), config.held_out)
+    adam = torch.optim.Adam([p.master for p in parameters], lr=config.learning_rate)
+    steps = config.iterations * -(-len(trained) // config.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1.0 - step / steps)
+    order = torch.Generator().manual_seed(seed)
+    with progress.task("polishing", steps + 2) as advance:
+        before = objective.mean(held_out, config.batch_size)
+        advance()
+        for _ in range(config.iterations):
+            for rows in trained[torch.randperm(len(trained), generator=order)].split(config.batch_size):
+                # The gradient of the parameters in place, which the blocks' recomputation reads too, then through each master's formula.
+                gradients = torch.autograd.grad(objective(rows), list(own.values()))
+                adam.zero_grad()
+                torch.autograd.backward([p.value() for p in parameters], gradients)
+                adam.step()
+                schedule.step()
+                _assign(own, {p.name: p.value() for p in parameters})
+                advance()
+        after = objective.mean(held_out, config.batch_size)
+        advance()
+    if not math.isfinite(after):
+        raise ValueError(f"polish: the loss must stay finite (try a smaller learning_rate), got {after}")
+    accepted = after < before
+    if not accepted:
+        _assign(own, start)
+    model.requires_grad_(False)
+    return PolishReport(before, after if accepted else before, accepted), {name: parameter.detach() for name, parameter in own.items()}
+
+
+@torch.no_grad()
+def _assign(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+class _Objective:
+    """KL(float || packed) per token of some of the sequences, differentiable in the model's parameters."""
+
+    def __init__(
+        self, model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, float_hidden: Tensor, start: dict[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        self._model, self._blocks, self._start = model, blocks, start
+        self._tokens, self._hidden, self._dtype = tokens, float_hidden, dtype
+        self._calls = BlockCalls(model, blocks)
+        self._calls.embed(tokens[:1])
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        tokens = self._tokens[rows]
+        with computing(tokens.device.type, self._dtype):
+            with torch.no_grad():
+                # What follows the blocks, with the norm that the float model has there.
+                target = self._calls.logits(tokens, self._hidden[rows], self._start).float().log_softmax(-1)
+            with checkpointed(self._blocks):
+                output = self._model(input_ids=tokens, use_cache=False).logits
+        own = output.float().log_softmax(-1)
+        return functional.kl_div(own, target, log_target=True, reduction="sum") / tokens.numel()
+
+    @torch.no_grad()
+    def mean(self, rows: Tensor, batch_size: int) -> float:
+        """Over some of the sequences."""
+        return sum(self(batch).item() * len(batch) for batch in rows.split(batch_size)) / len(rows)
+
+
+@contextmanager
+def checkpointed(blocks: nn.ModuleList) -> Iterator[None]:
+    """Blocks keep nothing but their input for the backward pass, and compute the rest again, while open."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

@@ -1,0 +1,147 @@
+"""The end-to-end polish: it changes norms alone, brings the packed model nearer to the float one, and leaves alone what it can't better."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import normtweak
+from normtweak import QuantizeConfig, models
+from normtweak.activations import BlockCalls
+from normtweak.config import PolishConfig
+from normtweak.norms import norm_parameters
+from normtweak.polish import _Objective, polish
+from normtweak.progress import Silent
+from small_models import make_model
+
+CALIBRATION = {"source": "random", "samples": 8, "length": 24, "batch_size": 4}
+
+
+def run(folder, out, **settings):
+    settings = {"bits": 2, "group_size": 32, "symmetric": False, "tweak": None, "calibration": CALIBRATION, "compute_dtype": "float32"} | settings
+    return normtweak.quantize(folder, out=out, config=QuantizeConfig.from_dict(settings))
+
+
+def tensors_of(folder):
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def last_hidden(folder, tokens):
+    """What the float model's last block gives."""
+    model = models.load(folder)
+    blocks, seen = model.get_submodule(models.block_path(model)), []
+    handle = blocks[-1].register_forward_hook(lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output))
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits
+    handle.remove()
+    return seen[0], logits
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_neox", "opt", "bloom"])
+def test_norms_alone_change_and_the_model_comes_nearer(tmp_path, model_type):
+    folder = make_model(tmp_path / "float", model_type)
+    coarse = {"method": "rtn", "clip_steps": 0, "calibration": CALIBRATION | {"samples": 24}}
+    report = run(folder, tmp_path / "polished", polish={"learning_rate": 1e-2, "iterations": 4}, **coarse)
+    run(folder, tmp_path / "plain", **coarse)
+    assert report.polish.accepted
+    assert report.polish.kl_after < report.polish.kl_before
+    polished, plain = tensors_of(tmp_path / "polished"), tensors_of(tmp_path / "plain")
+    assert polished.keys() == plain.keys()
+    changed = {name for name in plain if not torch.equal(polished[name].float(), plain[name].float())}
+    skeleton = models.load(folder)
+    norms = {parameter.name for parameter in norm_parameters(skeleton, relative=True)}
+    assert changed
+    assert all(any(name.endswith(norm) or norm.endswith(name) for norm in norms) for name in changed)
+    assert any(".layers." not in name and ".h." not in name for name in changed)  # the last norm is among them
+    recipe = json.loads((tmp_path / "polished" / "normtweak.json").read_text())
+    assert recipe["polish"]["kl_after"] == report.polish.kl_after
+    tokens = torch.randint(2, 90, (16, 24))
+    with torch.no_grad():
+        exact = models.load(folder)(tokens).logits.log_softmax(-1)
+        near, far = (
+            torch.nn.functional.kl_div(normtweak.load(tmp_path / name)(tokens).logits.log_softmax(-1), exact, log_target=True, reduction="sum")
+            for name in ("polished", "plain")
+        )
+    assert near < far
+
+
+def test_what_follows_the_blocks_is_the_float_models(tmp_path):
+    folder = make_model(tmp_path / "float", "gemma2")
+    tokens = torch.randint(2, 90, (2, 12))
+    hidden, logits = last_hidden(folder, tokens)
+    model = models.load(folder)
+    calls = BlockCalls(model, model.get_submodule(models.block_path(model)))
+    calls.embed(tokens)
+    start = {p.name: p.start for p in norm_parameters(model, relative=True)}
+    with torch.no_grad():
+        for parameter in norm_parameters(model, relative=True):
+            model.get_parameter(parameter.name).add_(0.3)
+        torch.testing.assert_close(calls.logits(tokens, hidden, start), logits)
+
+
+def test_gradients_are_those_of_the_plain_computation(small_model):
+    tokens = torch.randint(2, 90, (2, 12))
+    hidden, exact = last_hidden(small_model, tokens)
+    model = models.load(small_model)
+    blocks = model.get_submodule(models.block_path(model))
+    parameters = norm_parameters(model, relative=True)
+    start = {p.name: p.start for p in parameters}
+    model.requires_grad_(False)
+    own = [model.get_parameter(p.name).requires_grad_() for p in parameters]
+    with torch.no_grad():
+        for parameter in own:
+            parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+    objective = _Objective(model, blocks, tokens, hidden, start, torch.float32)
+    found = torch.autograd.grad(objective(torch.arange(2)), own)
+    log_p, log_q = exact.log_softmax(-1), model(input_ids=tokens).logits.log_softmax(-1)
+    plain = torch.autograd.grad((log_p.exp() * (log_p - log_q)).sum(-1).mean(), own)
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_float_model_against_itself_is_left_as_it_is(small_model):
+    tokens = torch.randint(2, 90, (8, 16))
+    hidden, _ = last_hidden(small_model, tokens)
+    model = models.load(small_model)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    blocks = model.get_submodule(models.block_path(model))
+    report, values = polish(model, blocks, tokens, hidden, PolishConfig(), dtype=torch.float32, progress=Silent())
+    assert not report.accepted
+    assert report.kl_after == report.kl_before
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(torch.equal(value, before[name]) for name, value in values.items())
+
+
+def test_what_held_out_text_does_not_confirm_is_not_written(small_model, tmp_path):
+    report = run(small_model, tmp_path / "wild", polish={"learning_rate": 0.9})
+    run(small_model, tmp_path / "plain")
+    assert not report.polish.accepted
+    wild, plain = tensors_of(tmp_path / "wild"), tensors_of(tmp_path / "plain")
+    assert all(torch.equal(wild[name], plain[name]) for name in plain)
+
+
+def test_two_runs_with_one_seed_write_the_same_bytes(small_model, tmp_path):
+    for name in ("a", "b"):
+        run(small_model, tmp_path / name, polish={}, tweak={})
+    for file in sorted((tmp_path / "a").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_one_sequence_is_refused_before_any_work(small_model, tmp_path):
+    with pytest.raises(ValueError, match="quantize: polish must be given two sequences or more, as one is held out, got 1"):
+        run(small_model, tmp_path / "out", polish={}, calibration=CALIBRATION | {"samples": 1})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("learning_rate", 0.0), ("iterations", 0), ("batch_size", 0), ("held_out", 0.0)])
+def test_settings_are_checked(key, value):
+    with pytest.raises(ValueError, match=f"PolishConfig: {key} must be"):
+        PolishConfig(**{key: value})
+
+
+def test_presets():
+    assert QuantizeConfig.preset("default").polish == PolishConfig()
+    assert QuantizeConfig.preset("default", tweak=None).polish is None
+    assert QuantizeConfig.preset("default", polish=None).polish is None
+    assert QuantizeConfig.preset("paper").polish is None
