@@ -98,7 +98,7 @@ def quantize(
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same bytes.", show_default="0")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON file of QuantizeConfig settings; options given here win.", show_default=False)] = None,
 ) -> None:
-    """Quantize MODEL block by block, tweak each block's norms, write a packed checkpoint (GPTQ v1 layout)."""
+    """Quantize MODEL block by block, tweak each block's norms, polish them all together, write a packed checkpoint (GPTQ v1 layout)."""
     from . import pipeline
     from .config import ModuleOverride, QuantizeConfig
 
@@ -119,6 +119,8 @@ def quantize(
     if no_tweak or no_polish:
         settings["polish"] = None
     report = pipeline.quantize(model, out=out, config=QuantizeConfig.preset(preset, **settings), progress=TerminalProgress())
+    if report.polish:
+        console.print(f"polish: {report.polish}", highlight=False)
     console.print(
         f"{report.out}: {report.packed_size / 1e6:.1f} MB (16-bit: {report.float_size / 1e6:.1f} MB), "
         f"{sum(report.seconds.values()):.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB above the start",
@@ -235,7 +237,7 @@ def demo(
     length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
     out: Annotated[Path | None, typer.Option(help="Keep the checkpoints in this new folder.", show_default=False)] = None,
 ) -> None:
-    """Quantize the embedded SmolLM2-135M at W4 and W2, with and without the tweak; a table says what each lost."""
+    """Quantize the embedded SmolLM2-135M at W4 and W2, with and without tweak and polish; a table says what each lost."""
     from .demo import run
 
     for line in run(samples, length, out, TerminalProgress()):

@@ -30,7 +30,7 @@ HELD_OUT = 4
 
 
 def run(samples: int, length: int, out: Path | None, progress: Progress) -> Iterator[str | Table]:
-    """Quantize SmolLM2-135M at W4 and W2, each with and without the tweak; yields lines as they come, then the table and the samples."""
+    """Quantize SmolLM2-135M at W4 and W2, each with and without tweak and polish; yields lines as they come, then the table and the samples."""
     began = time.perf_counter()
     if out is not None:
         check_out_folder(out)
@@ -73,11 +73,11 @@ def _run(folder: models.ModelFolder, samples: int, length: int, root: Path, prog
     peak, first = 0, True
     for scheme, settings in SCHEMES.items():
         for tweaked in (False, True):
-            name = f"{scheme}, GPTQ{' + tweak' if tweaked else ''}"
+            name = f"{scheme}, GPTQ{' + tweak + polish' if tweaked else ''}"
             yield f"\n{name}"
             config = QuantizeConfig.preset("default", **settings, calibration={"samples": samples, "length": length})
             if not tweaked:
-                config = QuantizeConfig.from_dict(config.to_dict() | {"tweak": None})
+                config = QuantizeConfig.from_dict(config.to_dict() | {"tweak": None, "polish": None})
             target = root / name.replace(" ", "-").replace(",", "")
             report = quantize(models.EMBEDDED, out=target, config=config, tokens=tokens, progress=progress)
             peak = max(peak, report.peak_memory)
