@@ -183,9 +183,10 @@ def evaluate(
             )  # fmt: skip
         console.print(table)
     if rows:
-        table = Table("task", "metric", "value", "the other's", "difference (of perplexities: ratio) [95 %]")
+        beside = ("the other's", "difference (of perplexities: ratio) [95 %]") if against else ()
+        table = Table("task", "metric", "value", *beside)
         for row in rows:
-            table.add_row(row.task, row.metric, str(row.value), _or_dash(row.other), _or_dash(row.difference))
+            table.add_row(row.task, row.metric, str(row.value), *((_or_dash(row.other), _or_dash(row.difference)) if against else ()))
         console.print(table)
     if json_file is not None:
         settings = {"model": model, "against": against, "windows": windows, "length": length, "dtype": str(precision).removeprefix("torch.")}
