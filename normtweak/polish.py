@@ -53,8 +53,8 @@ def polish(
     """Polish the norms of a packed causal model in place.
 
     blocks: the model's list of decoder blocks. tokens: int64 [S, L]. float_hidden: the float model's last block output for them, float32 [S, L, H].
-    dtype: of matrix products. Memory: the packed model, the activations that enter each block for `config.batch_size` sequences, one block's own, and
-    two sets of logits. Returns the report and the norm parameters by name, float32: changed ones, or the old where held-out text got no better.
+    dtype: of matrix products. Memory: the packed model, and of one sequence the activations that enter each block, one block's own, and two sets of
+    logits. Returns the report and the norm parameters by name, float32: changed ones, or the old where held-out text got no better.
     Raises ValueError when the loss isn't finite.
     """
     parameters = norms.norm_parameters(model, relative=True)
@@ -68,19 +68,23 @@ def polish(
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1.0 - step / steps)
     order = torch.Generator().manual_seed(seed)
     with progress.task("polishing", steps + 2) as advance:
-        before = objective.mean(held_out, config.batch_size)
+        before = objective.mean(held_out)
         advance()
         for _ in range(config.iterations):
             for rows in trained[torch.randperm(len(trained), generator=order)].split(config.batch_size):
-                # The gradient of the parameters in place, which the blocks' recomputation reads too, then through each master's formula.
-                gradients = torch.autograd.grad(objective(rows), list(own.values()))
+                # The gradient of the parameters in place, which the blocks' recomputation reads too, then through each master's formula. One
+                # sequence at a time: its logits, several times over, are the largest thing in memory.
+                gradients = [torch.zeros_like(parameter) for parameter in own.values()]
+                for row in rows.split(1):
+                    found = torch.autograd.grad(objective(row), list(own.values()))
+                    gradients = [total.add_(part / len(rows)) for total, part in zip(gradients, found, strict=True)]
                 adam.zero_grad()
                 torch.autograd.backward([p.value() for p in parameters], gradients)
                 adam.step()
                 schedule.step()
                 _assign(own, {p.name: p.value() for p in parameters})
                 advance()
-        after = objective.mean(held_out, config.batch_size)
+        after = objective.mean(held_out)
         advance()
     if not math.isfinite(after):
         raise ValueError(f"polish: the loss must stay finite (try a smaller learning_rate), got {after}")
@@ -120,9 +124,9 @@ class _Objective:
         return functional.kl_div(own, target, log_target=True, reduction="sum") / tokens.numel()
 
     @torch.no_grad()
-    def mean(self, rows: Tensor, batch_size: int) -> float:
+    def mean(self, rows: Tensor) -> float:
         """Over some of the sequences."""
-        return sum(self(batch).item() * len(batch) for batch in rows.split(batch_size)) / len(rows)
+        return sum(self(row).item() for row in rows.split(1)) / len(rows)
 
 
 @contextmanager
