@@ -38,11 +38,14 @@ class WeightFiles:
         """
         self.folder = folder
         self._where: dict[str, tuple[str, str]] = {}  # the model's name -> file, stored name
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of a mixture's thousands of tensors, without opening a file for each
         for file in self._file_names():
             require((folder / file).is_file(), "checkpoint", "weights", f"complete ({INDEX} names {file})", "no such file")
             try:
                 with self._open(file) as handle:
-                    self._where |= {rename(name): (file, name) for name in handle.keys()}  # noqa: SIM118  (no mapping)
+                    for name in handle.keys():  # noqa: SIM118  (no mapping)
+                        self._where[rename(name)] = file, name
+                        self._shapes[rename(name)] = tuple(handle.get_slice(name).get_shape())
             except SafetensorError as error:
                 raise ValueError(
                     f"checkpoint: {folder / file} must be a whole safetensors file, got one that is damaged or truncated ({error})"
@@ -75,9 +78,7 @@ class WeightFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from its header."""
-        file, stored = self._where[name]
-        with self._open(file) as handle:
-            return tuple(handle.get_slice(stored).get_shape())
+        return self._shapes[name]
 
     def read(self, name: str) -> Tensor:
         """A tensor."""

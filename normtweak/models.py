@@ -247,7 +247,7 @@ def block_path(model: Any) -> str:
 
 
 def _has_linears(module: nn.Module) -> bool:
-    return any(isinstance(inner, nn.Linear) or is_conv1d(inner) for inner in module.modules())
+    return any(isinstance(inner, nn.Linear | PackedLinear) or is_conv1d(inner) for inner in module.modules())
 
 
 def present_blocks(model: Any) -> str:

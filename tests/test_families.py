@@ -143,6 +143,31 @@ def test_transformers_loads_it_too(made, name):
         assert torch.equal(theirs(tokens).logits, ours(tokens).logits)
 
 
+DISCOVERED = {
+    "gptj": {"rotary_dim": 8},
+    "olmo2": {},
+    "stablelm": {},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2},
+    "deepseek_v3": MOE
+    | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "head_dim": None}
+    | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("model_type", DISCOVERED)
+def test_models_outside_the_table_work_by_discovery(tmp_path, model_type):
+    folder = make_model(tmp_path / "float", model_type, **DISCOVERED[model_type])
+    assert families.find(models.ModelFolder(folder).config) is None
+    normtweak.quantize(folder, out=tmp_path / "out", config=CONFIG)
+    model, packed = reference(folder, tmp_path / "out")
+    assert not any(isinstance(module, nn.Linear) for module in packed.get_submodule(models.block_path(packed)).modules())
+    tokens = torch.randint(2, 90, (2, 20))
+    with torch.no_grad():
+        expected, got = model(tokens).logits, packed(tokens).logits
+    assert (got - expected).norm() < 1e-4 * expected.norm()
+    assert packed.generate(tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (2, 23)
+
+
 # The table itself
 
 
