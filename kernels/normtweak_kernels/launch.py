@@ -46,6 +46,36 @@ DEQUANT_GEMM_CPU = {
 
 
 @dataclass(frozen=True)
+class DequantGemmGpu:
+    """How dequant_gemm's Triton GEMMs (forward, int8 and backward in x) are launched.
+
+    A program computes block_m rows of x by block_n columns of y; backward in x, block_m rows of grad by block_k columns of the result, summed
+    over N in steps of block_n.
+    """
+
+    block_m: int
+    block_n: int
+    # Values of K unpacked between two products, at most a group; the kernels take the largest power of two in both.
+    block_k: int
+    # Parts that the sum over K is cut into, each a program of its own; more than one where M and N alone are too few for the processor.
+    split_k: int = 1
+    num_warps: int = 4
+    # Tiles in flight on the way from memory to the tensor cores.
+    num_stages: int = 3
+    # Blocks of M that run side by side over the same weights, so that both stay in the second-level cache.
+    group_m: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_k", "split_k", "num_warps", "num_stages", "group_m"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"DequantGemmGpu: {name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("block_m", 16), ("block_n", 16), ("block_k", 32)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                raise ValueError(f"DequantGemmGpu: {name} must be a power of two of at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
 class HessianUpdateCpu:
     """CPU body of hessian_update that goes through torch's matrix products."""
 
