@@ -50,11 +50,11 @@ def channel_partials_fwd_kernel(
         keep = _kept(mask_ptr, offs_t, tokens)
         x = tl.load(x_ptr + offs_t[:, None] * channels + offs_c[None, :], mask=keep[:, None] & inside[None, :], other=0.0).to(tl.float32)
         added = tl.sum(keep.to(tl.int32), axis=0)
-        n = tl.maximum(added, 1).to(tl.float32)
-        tile_rough = tl.div_rn(tl.sum(x, axis=0), n)
+        inverse = tl.div_rn(1.0, tl.maximum(added, 1).to(tl.float32))
+        tile_rough = tl.sum(x, axis=0) * inverse
         d = tl.where(keep[:, None], x - tile_rough[None, :], 0.0)
         total = tl.sum(d, axis=0)
-        tile_correction = tl.div_rn(total, n)
+        tile_correction = total * inverse
         tile_m2 = tl.maximum(tl.sum(d * d, axis=0) - total * tile_correction, 0.0)
 
         # The strip's rough mean is its first tile's, which later tiles are near to; the small correction takes up the rest.
@@ -233,7 +233,7 @@ def _write_gradient(
     grad: Tensor | None, x: Tensor, mean_q: Tensor, var_q: Tensor, mean_f: Tensor, var_f: Tensor, mask: Tensor | None, squared: bool, out: Tensor
 ) -> None:
     channels = x.shape[-1]
-    tokens, block_c = x.numel() // channels, min(LAUNCH.block_channels, triton.next_power_of_2(channels))
+    tokens, block_c = x.numel() // channels, min(LAUNCH.grad_channels, triton.next_power_of_2(channels))
     with gpu.on_device_of(x):
         # Left on the device: nothing here waits for it.
         kept = None if mask is None else mask.sum()
