@@ -109,3 +109,17 @@ class ChannelLossGpu:
 
 
 CHANNEL_LOSS_GPU = ChannelLossGpu()
+
+
+@dataclass(frozen=True)
+class GptqBlockUpdateGpu:
+    """One launch of gptq_block_update's Triton kernel. One set for every GPU: a column's latency counts, not a unit's speed. Not yet timed on one."""
+
+    # A row's 128 columns are 4 registers in each of a warp's 32 lanes, its errors and codes 8 more.
+    max_columns: int = 128
+    # A row per warp: the shortest way from one column to the next, and rows enough for every multiprocessor from N = 600 on.
+    block_rows: int = 4
+    num_warps: int = 4
+
+
+GPTQ_BLOCK_UPDATE_GPU = GptqBlockUpdateGpu()
