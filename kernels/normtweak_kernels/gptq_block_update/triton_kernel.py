@@ -2,8 +2,8 @@
 
 A warp has whole rows, its lanes the columns: memory is read and written in whole lines, and a column reaches all lanes by five shuffles. The
 arithmetic is the definition's operation for operation (no fused multiply-add, IEEE divisions), so that codes are its codes; but for the order of the
-sums in the clip search and in the product that passes the errors on to the columns behind the block. That product is torch's, in full float32:
-TF32 would feed rounding errors of 1e-3 back into every later column, and a float32 product takes of the solve about the time that the kernel does.
+sums in the clip search and in the product that passes the errors on to the columns behind the block. That product is torch's, in full float32, as
+the reference's is: TF32 would put relative errors of 1e-3 into every later column.
 """
 
 from __future__ import annotations
