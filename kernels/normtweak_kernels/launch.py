@@ -117,9 +117,9 @@ class GptqBlockUpdateGpu:
 
     # A row's 128 columns are 4 registers in each of a warp's 32 lanes, its errors and codes 8 more.
     max_columns: int = 128
-    # A row per warp: the shortest way from one column to the next, and rows enough for every multiprocessor from N = 600 on.
-    block_rows: int = 4
-    num_warps: int = 4
+    # A row per warp: the shortest way from one column to the next, and rows enough for every multiprocessor from N = 1100 on.
+    block_rows: int = 8
+    num_warps: int = 8
 
 
 GPTQ_BLOCK_UPDATE_GPU = GptqBlockUpdateGpu()
