@@ -46,6 +46,23 @@ DEQUANT_GEMM_CPU = {
 
 
 @dataclass(frozen=True)
+class DequantGemvGpu:
+    """How dequant_gemm's Triton kernel for up to 8 rows of x is launched. A program computes 16 columns of y."""
+
+    # They share the chunks of K. More of them have more of the weight on its way at a time, and more sums to add up at the end.
+    num_warps: int
+    # Chunks of 32 values of K that a thread unpacks before it scales its sum, at most a group: more of them load a scale less often and have
+    # more of the weight on its way, in more registers.
+    chunks: int
+
+    def __post_init__(self) -> None:
+        for name, most in (("num_warps", 32), ("chunks", 8)):
+            value = getattr(self, name)
+            if value < 1 or value > most or value & (value - 1):
+                raise ValueError(f"DequantGemvGpu: {name} must be a power of two of at most {most}, got {value}")
+
+
+@dataclass(frozen=True)
 class DequantGemmGpu:
     """How dequant_gemm's Triton GEMMs (forward, int8 and backward in x) are launched.
 
