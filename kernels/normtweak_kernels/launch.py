@@ -192,3 +192,42 @@ class HessianUpdateCpu:
 
 
 HESSIAN_UPDATE_CPU = HessianUpdateCpu()
+
+
+@dataclass(frozen=True)
+class ChannelLossGpu:
+    """Tiles of channel_loss's Triton kernels. One set for every GPU: they move memory and do little else. Not yet timed on one."""
+
+    # A tile of x is read once and kept in registers while its mean and then its squares are summed: 64 values a thread, and still three or
+    # four programs per multiprocessor, so that one loads while another sums. With 128 tokens and 8 warps there was room for one.
+    block_tokens: int = 64
+    block_channels: int = 128
+    num_warps: int = 4
+    # Tokens are cut into so many strips at most: enough programs for every multiprocessor when there are a few blocks of channels. A strip
+    # writes 12 bytes per channel, at 16384 tokens 1 % (float32) or 2 % (16 bits) of what x takes.
+    max_strips: int = 64
+    # Strips are merged per channel: narrow, so that many multiprocessors take part.
+    merge_strips: int = 32
+    merge_channels: int = 32
+    merge_warps: int = 4
+    # Wide enough that a thread's share of the channels' statistics is a load of 8 bytes.
+    grad_tokens: int = 32
+    grad_channels: int = 256
+    grad_warps: int = 4
+
+
+CHANNEL_LOSS_GPU = ChannelLossGpu()
+
+
+@dataclass(frozen=True)
+class GptqBlockUpdateGpu:
+    """One launch of gptq_block_update's Triton kernel. One set for every GPU: a column's latency counts, not a unit's speed. Not yet timed on one."""
+
+    # A row's 128 columns are 4 registers in each of a warp's 32 lanes, its errors and codes 8 more.
+    max_columns: int = 128
+    # A row per warp: the shortest way from one column to the next, and rows enough for every multiprocessor from N = 600 on.
+    block_rows: int = 4
+    num_warps: int = 4
+
+
+GPTQ_BLOCK_UPDATE_GPU = GptqBlockUpdateGpu()

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 import triton_checks
-from triton_checks import CAPABILITIES, assert_coalesced, interpreted, simulated
+from triton_checks import CAPABILITIES, assert_coalesced, interpreted, only_launched, simulated
 
 OUTPUTS = {"scale_fwd_kernel": {"out_ptr"}}
 
@@ -25,7 +25,6 @@ def scale_fwd_kernel(x_ptr, bias_ptr, out_ptr, size, factor, STRIDE: tl.constexp
 
 def scale(x, factor, bias=None, stride=1, slack=0):
     out = torch.empty_like(x[::stride])
-    assert out.isnan().all()
     scale_fwd_kernel[lambda meta: (triton.cdiv(len(out), meta["BLOCK"]),)](
         x, bias, out, len(out), factor, STRIDE=stride, BLOCK=128, SLACK=slack, num_warps=2, enable_fp_fusion=True
     )
@@ -36,6 +35,7 @@ def scale(x, factor, bias=None, stride=1, slack=0):
 def test_interpreter(bias):
     x = torch.randn(301)
     with interpreted():
+        assert torch.empty(9).isnan().all()
         assert torch.equal(scale(x, 2.5, bias), (x if bias is None else x + 1) * 2.5)
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -71,6 +71,16 @@ def test_strided_reads_are_found():
 def test_what_was_not_written_is_not_an_input():
     with simulated(80, {"scale_fwd_kernel": {"x_ptr", "out_ptr"}}), pytest.raises(AssertionError, match="init"):
         scale(torch.randn(301), 2.5)
+
+
+def test_waiting_for_the_device_is_found():
+    with only_launched() as names:
+        out = scale(torch.randn(300), 2.5)
+        with pytest.raises(AssertionError, match="waits for the device"):
+            out.sum().item()
+        with pytest.raises(AssertionError, match="waits for the device"):
+            assert out[0] > 0
+    assert names == ["scale_fwd_kernel"]
 
 
 def test_a_tools_folder_that_is_named_must_hold_them(monkeypatch, tmp_path):

@@ -8,6 +8,8 @@ from torch.empty is NaN (the largest integer) before a kernel sees it.
     with simulated(80, {"op_fwd_kernel": {"out_ptr"}}) as reports:      # asserts that the simulator has no findings
         op(x, out)
     assert_coalesced(reports)
+    with only_launched() as names:                                      # asserts that nothing waits for the device
+        op(x, out)
 
 The interpreter multiplies bfloat16 wrongly and rounds to it by truncation, so that bfloat16 goes through the simulator only.
 """
@@ -18,7 +20,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -96,7 +98,9 @@ def interpreted(capability: int = 80, config: int = 0) -> Iterator[None]:
     """Kernels launched inside run in Triton's interpreter, and so do the functions of triton.language that are kernels' own code."""
 
     def launch(kernel: Any, grid: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        InterpretedFunction(kernel.fn)[grid](*args, **named)
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.interpret = True
+            InterpretedFunction(kernel.fn)[grid](*args, **named)
 
     def call(function: Any, *args: Any, **named: Any) -> Any:
         return InterpretedFunction(function.fn).rewrite()(*args, **named)
@@ -104,8 +108,7 @@ def interpreted(capability: int = 80, config: int = 0) -> Iterator[None]:
     # triton.language's own functions see it by its module `core`; patching both for each of their calls would take most of the time.
     language = _patch_lang(_see_the_language)
     try:
-        with _launching(launch, capability, config), triton.knobs.runtime.scope(), mock.patch.object(triton.JITFunction, "__call__", call):
-            triton.knobs.runtime.interpret = True
+        with _launching(launch, capability, config), mock.patch.object(triton.JITFunction, "__call__", call):
             yield
     finally:
         language.restore()
@@ -149,6 +152,27 @@ def simulated(
 
     with _launching(launch, capability, config):
         yield reports
+
+
+@contextmanager
+def only_launched() -> Iterator[list[str]]:
+    """Kernels aren't executed, and whatever would wait for a GPU raises; yields the names of the kernels launched.
+
+    A body that passes can be captured in a CUDA graph, as far as its synchronisation goes.
+    """
+    launched: list[str] = []
+
+    def launch(kernel: Any, grid: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        launched.append(kernel.__name__)
+
+    def wait(*args: Any, **named: Any) -> Any:
+        raise AssertionError("this waits for the device")
+
+    with ExitStack() as stack:
+        stack.enter_context(_launching(launch, capability=80, config=0))
+        for method in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+            stack.enter_context(mock.patch.object(torch.Tensor, method, wait))
+        yield launched
 
 
 def _argument(value: Any) -> Any:
