@@ -73,8 +73,9 @@ def _codes(
         low = tl.reshape(low[:, :, None] >> shift[None, None, :], [BLOCK_N, BLOCK_K])
         high = tl.reshape(high[:, :, None] >> high_shift[None, None, :], [BLOCK_N, BLOCK_K])
         return (low & 3) | ((high & 1) << 2)
-    words = _words(ptr, rows, row_mask, tl.arange(0, BLOCK_K * BITS // 32), left, EVEN_K)
-    return tl.reshape(words[:, :, None] >> shift[None, None, :], [BLOCK_N, BLOCK_K])
+    else:
+        words = _words(ptr, rows, row_mask, tl.arange(0, BLOCK_K * BITS // 32), left, EVEN_K)
+        return tl.reshape(words[:, :, None] >> shift[None, None, :], [BLOCK_N, BLOCK_K])
 
 
 @triton.jit
@@ -216,10 +217,11 @@ def _block_parameters(ptr, k, K, GROUP_SIZE: tl.constexpr, N, offs_n, mask_n, BL
     """Scales or zeros of BLOCK_K values from k on: [BLOCK_N, 1], or [BLOCK_N, BLOCK_K] where they belong to several groups."""
     if GROUP_SIZE == 0 or BLOCK_K <= GROUP_SIZE:
         return _parameters(ptr, k, GROUP_SIZE, N, offs_n, mask_n)
-    groups = k // GROUP_SIZE + tl.arange(0, BLOCK_K // GROUP_SIZE)
-    mask = mask_n[:, None] & (groups < K // GROUP_SIZE)[None, :]
-    values = tl.load(ptr + (groups.to(tl.int64)[None, :] * N + offs_n[:, None]), mask=mask, other=0)
-    return tl.reshape(tl.broadcast_to(values[:, :, None], [BLOCK_N, BLOCK_K // GROUP_SIZE, GROUP_SIZE]), [BLOCK_N, BLOCK_K])
+    else:
+        groups = k // GROUP_SIZE + tl.arange(0, BLOCK_K // GROUP_SIZE)
+        mask = mask_n[:, None] & (groups < K // GROUP_SIZE)[None, :]
+        values = tl.load(ptr + (groups.to(tl.int64)[None, :] * N + offs_n[:, None]), mask=mask, other=0)
+        return tl.reshape(tl.broadcast_to(values[:, :, None], [BLOCK_N, BLOCK_K // GROUP_SIZE, GROUP_SIZE]), [BLOCK_N, BLOCK_K])
 
 
 @triton.jit(do_not_specialize=["M"])
