@@ -8,15 +8,13 @@ import torch
 
 from accuracy import assert_accurate, random_weight
 from normtweak_kernels import dequant_gemm, packing, registry
-from normtweak_kernels.dequant_gemm import Prepared, triton_kernel
+from normtweak_kernels.dequant_gemm import triton_kernel
 from normtweak_kernels.dequant_gemm.reference import quantize_activations
 from normtweak_kernels.dequant_gemm.triton_gemv import gemv
 from normtweak_kernels.launch import DEQUANT_GEMM_GPU, DequantGemmGpu, DequantGemvGpu
 from triton_checks import CAPABILITIES, assert_coalesced, interpreted, only_launched, simulated
 
 OUTPUTS = {"dequant_gemv_fwd_kernel": {"y_ptr"}}
-# What opcheck asks of an op on any device; the autograd part needs the kernel of the gradient.
-OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 CONFIG = DequantGemvGpu(num_warps=4, chunks=2)
 # (N, K, group size): N and K that no tile divides, K that ends within a chunk of 32 and at no multiple of 16.
 SHAPES = [(80, 192, -1), (200, 576, 32), (80, 192, 64), (24, 384, 128), (33, 288, 96), (17, 72, -1)]
@@ -37,12 +35,11 @@ def assert_right(y, weight, x, bias):
     assert_accurate(y, plain, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", packing.BITS)
 @pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
-def test_interpreter(n, k, group_size, bits, zeros, dtype):
-    for m, scale_dtype in ((1, torch.float16), (3, torch.float32)):
+def test_interpreter(n, k, group_size, bits, zeros):
+    for m, scale_dtype, dtype in ((1, torch.float16, torch.float32), (3, torch.float32, torch.float16)):
         call = case(m, n, k, group_size, bits, dtype, zeros=zeros, bias=m == 3, scale_dtype=scale_dtype)
         with interpreted():
             y = run(*call)
@@ -126,7 +123,6 @@ def test_the_op_takes_the_kernel_where_it_can(monkeypatch):
     with interpreted():
         assert registry.which_backend("dequant_gemm", x, *arguments, bias, 3, "auto") == "triton"
         y = dequant_gemm(x, *arguments, bias, bits=3)
-        assert torch.equal(Prepared(*arguments, 96, bits=3)(x, bias), y)
         strided = torch.stack([arguments[0], arguments[0]], -1)[..., 0], weight.scales.t().contiguous().t(), weight.zeros
         assert torch.equal(dequant_gemm(x, *strided, bias.repeat_interleave(2)[::2], bits=3), y)
         assert dequant_gemm(x[:0], *arguments, bits=3).shape == (0, 3, 33)
@@ -169,7 +165,7 @@ def test_which_kernel_runs():
 @pytest.mark.parametrize(
     ("x", "scales", "reason"),
     [
-        (torch.zeros(1, 48).half(), torch.ones(2, 4), "groups of 24 columns, of which 32 is no divisor"),
+        (torch.zeros(1, 48).half(), torch.ones(2, 4), "the group size must be a multiple of 32 or all of K, got 24 of 48"),
         (torch.zeros(9, 64), torch.ones(1, 4), "more than 8 rows of float32 are computed by the reference only"),
         (torch.zeros(1, 64).double(), torch.ones(1, 4), "float64 is computed by the reference only"),
         (torch.zeros(1, 64).half().to("meta"), torch.ones(1, 4), "a tensor is on meta, not on a GPU"),
@@ -199,9 +195,7 @@ def test_nothing_waits_for_the_gpu():
 def test_opcheck():
     weight, x, bias = case(2, 33, 96, 32, 4, torch.float16, zeros=True, bias=True)
     with interpreted():
-        torch.library.opcheck(
-            torch.ops.normtweak.dequant_gemm.default, (x, weight.pack(), weight.scales, weight.zeros, bias, 4, "auto"), test_utils=OPCHECKS
-        )
+        torch.library.opcheck(torch.ops.normtweak.dequant_gemm.default, (x, weight.pack(), weight.scales, weight.zeros, bias, 4, "auto"))
 
 
 def test_the_first_tile_that_holds_all_rows_and_no_more_parts_than_multiprocessors_take():

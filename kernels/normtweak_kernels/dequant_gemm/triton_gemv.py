@@ -73,8 +73,9 @@ def _words(weight_ptrs, chunk, half, RUN: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def _accumulate(acc, low, high, x_first, x_second, ROW: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constexpr, CENTRE: tl.constexpr):
     first, second = _codes(low, high, ROW, BYTE, BITS)
-    if CENTRE:
-        first, second = first - CENTRE, second - CENTRE
+    if CENTRE != 0.0:
+        first -= CENTRE
+        second -= CENTRE
     acc += first[None] * x_first[:, :, :, None]
     return acc + second[None] * x_second[:, :, :, None]
 
@@ -109,9 +110,8 @@ def dequant_gemv_fwd_kernel(
     BLOCK_M: tl.constexpr,
     THREAD_ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
+    CENTRE: tl.constexpr,
 ):
-    # Of float32 all bits count: with v - 1.5 in v's place little cancels, for one more instruction a code. 16 bits of x are lost long after those.
-    CENTRE: tl.constexpr = 1.5 if x_ptr.dtype.element_ty == tl.float32 else 0.0
     tile = tl.program_id(0)
     chunks = tl.cdiv(K, 32)
     offs_r = tl.arange(0, THREAD_ROWS)
@@ -193,6 +193,8 @@ def gemv(
         BLOCK_M=triton.next_power_of_2(m),
         THREAD_ROWS=8 * num_warps,
         CHUNKS=per_thread,
+        # Of float32 all bits count: with v - 1.5 in v's place little cancels, for one more instruction a code.
+        CENTRE=1.5 if x.dtype == torch.float32 else 0.0,
         num_warps=num_warps,
         enable_fp_fusion=True,
     )

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from .. import gpu, packing, registry, tuning
+from .. import gpu, registry, tuning
 from ..launch import DEQUANT_GEMM_GPU, DequantGemmGpu, DequantGemmGpuLists, DequantGemvGpu, nearest_architecture
+from . import triton_gemm
 from .reference import quantize_activations
 from .triton_gemm import gemm, gemm_int8, grad_x, quantize_tokens
 from .triton_gemv import MAX_ROWS, gemv
@@ -26,15 +27,8 @@ Config = TypeVar("Config", DequantGemvGpu, DequantGemmGpu)
 FEW_ROWS = 64
 
 
-def _group_size(scales: Tensor, k: int) -> str | None:
-    groups = scales.shape[0]
-    if groups > 1 and k // groups % packing.CHUNK:
-        return f"groups of {k // groups} columns, of which {packing.CHUNK} is no divisor, are computed by the reference only"
-    return None
-
-
 def _refuses(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, activations: str) -> str | None:
-    reason = gpu.refuses(x, qweight, scales, zeros, bias) or _group_size(scales, x.shape[-1])
+    reason = gpu.refuses(x, qweight, scales, zeros, bias) or triton_gemm.refuses(x.shape[-1], scales.shape[0], bits)
     if reason is None and x.dtype == torch.float32 and x.numel() > MAX_ROWS * x.shape[-1]:
         return f"more than {MAX_ROWS} rows of float32 are computed by the reference only: tensor cores would round them"
     return reason
@@ -43,7 +37,7 @@ def _refuses(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, b
 def _refuses_backward(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, k: int) -> str | None:
     if grad.dtype == torch.float32:
         return "a gradient in float32 is computed by the reference only: tensor cores would round it"
-    return gpu.refuses(grad, qweight, scales, zeros) or _group_size(scales, k)
+    return gpu.refuses(grad, qweight, scales, zeros) or triton_gemm.refuses(k, scales.shape[0], bits)
 
 
 def lists(device: torch.device) -> DequantGemmGpuLists:
