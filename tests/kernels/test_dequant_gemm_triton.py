@@ -157,7 +157,8 @@ def test_which_kernel_runs():
     assert names(few + 1) == names(64) == names(1000) == ["gemm"]
     assert names(8, capability=86) == ["gemv"]
     assert names(8, dtype=torch.float32) == ["gemv"]
-    assert names(1, "int8_token") == ["gemv"]
+    assert names(1, "int8_token") == names(1, "int8") == ["gemv"]
+    assert names(8, "int8_token") == ["gemm"]
     assert names(64, "int8_token") == ["gemm_int8", "quantize_tokens"]
     assert [kernels(m)[0][1].args[-1].block_m for m in (16, 17, 64, 65)] == [16, 32, 64, 128]
 
@@ -198,9 +199,38 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.normtweak.dequant_gemm.default, (x, weight.pack(), weight.scales, weight.zeros, bias, 4, "auto"))
 
 
+def test_a_tuned_choice_is_launched(monkeypatch):
+    chosen = {}
+    monkeypatch.setattr(triton_kernel.tuning, "chosen", lambda name, configs, index: chosen.get(name))
+    weight, x, _ = case(2, 33, 96, 32, 4, torch.float16, zeros=False, bias=False)
+    arguments = x, weight.pack(), weight.scales, None, None, 4, "auto"
+    with only_launched() as names:
+        triton_kernel.dequant_gemm(*arguments)
+        chosen[triton_kernel._key("fewest rows", 2, 33, 96, 4, 3)] = DequantGemmGpu(16, 64, 32)
+        triton_kernel.dequant_gemm(*arguments)
+    assert names == ["dequant_gemv_fwd_kernel", "dequant_gemm_fwd_kernel"]
+
+
+def test_warming_times_every_regime_and_notes_the_fastest(monkeypatch):
+    noted = {}
+    monkeypatch.setattr(triton_kernel, "WARM_ROWS", (1, 16, 128))
+    monkeypatch.setattr(triton_kernel.tuning, "tune", lambda configs, run, does_not_fit: (run(configs[-1]), (configs[-1], 12.5))[1])
+    monkeypatch.setattr(triton_kernel.tuning, "note", lambda choices, index: noted.update(choices))
+    with only_launched() as names:
+        lines = list(triton_kernel.warm(64, 96, 4, 3, False, torch.float16, torch.device("cpu")))
+    lists = DEQUANT_GEMM_GPU["sm_80"]
+    tuned = [("fewest rows", 1, lists.few_rows), ("few rows", 16, lists.few_rows), ("int8", 16, lists.int8), ("many rows", 128, lists.many_rows)]
+    tuned += [("int8", 128, lists.int8)]
+    assert noted == {triton_kernel._key(regime, m, 64, 96, 4, 3): configs[-1] for regime, m, configs in tuned}
+    assert [line.rpartition(": ")[0] for line in lines] == [f"64 x 96, 4 bits, M = {m}, {regime}" for regime, m, _ in tuned]
+    assert set(names) >= {"dequant_gemm_fwd_kernel", "quantize_tokens_kernel"}
+
+
 def test_the_first_tile_that_holds_all_rows_and_no_more_parts_than_multiprocessors_take():
     configs = [DequantGemmGpu(16, 64, 64, split_k=8), DequantGemmGpu(16, 32, 64), DequantGemmGpu(64, 64, 64, split_k=4)]
     cpu = torch.device("cpu")
     with interpreted():
-        chosen = [triton_kernel._choose(configs, "few rows", m, n, 4096, 4, 64, cpu) for m, n in ((9, 64), (17, 4096), (80, 4096), (16, 11008), (16, 65536))]
+        chosen = [
+            triton_kernel._choose("few rows", configs, m, n, 4096, 4, 64, cpu) for m, n in ((9, 64), (17, 4096), (80, 4096), (16, 11008), (16, 65536))
+        ]
     assert [(c.block_m, c.split_k) for c in chosen] == [(16, 8), (64, 4), (64, 2), (16, 2), (16, 1)]

@@ -81,7 +81,15 @@ def test_the_fastest_that_fits_is_taken():
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("sm_80", "sm_80"), ("sm_87", "sm_86"), ("sm_90", "sm_90"), ("sm_103", "sm_100"), ("sm_121", "sm_120"), ("gfx90a", "gfx942"), ("gfx950", "gfx942")],
+    [
+        ("sm_80", "sm_80"),
+        ("sm_87", "sm_86"),
+        ("sm_90", "sm_90"),
+        ("sm_103", "sm_100"),
+        ("sm_121", "sm_120"),
+        ("gfx90a", "gfx942"),
+        ("gfx950", "gfx942"),
+    ],
 )
 def test_an_architecture_without_a_list_takes_its_forerunners(name, nearest):
     assert nearest_architecture(name, DEQUANT_GEMM_GPU) == nearest

@@ -25,7 +25,6 @@ from torch import Tensor
 from .. import packing
 from ..launch import DequantGemvGpu
 
-
 MAX_ROWS = 8
 
 
@@ -112,6 +111,11 @@ def dequant_gemv_fwd_kernel(
     CHUNKS: tl.constexpr,
     CENTRE: tl.constexpr,
 ):
+    """y [M, N] = x [M, K] @ dequant(W)^T + bias; program i computes columns 16i to 16i + 15.
+
+    GROUP_CHUNKS: chunks of a group, 0 for one group. TAIL: K ends within a chunk. THREAD_ROWS: 8 for each warp; two share a chunk. CHUNKS, a
+    divisor of GROUP_CHUNKS (of all chunks for one group): chunks unpacked between two scalings. CENTRE: what is subtracted from v first.
+    """
     tile = tl.program_id(0)
     chunks = tl.cdiv(K, 32)
     offs_r = tl.arange(0, THREAD_ROWS)
