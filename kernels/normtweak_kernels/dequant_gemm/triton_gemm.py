@@ -172,8 +172,9 @@ def dequant_gemm_fwd_kernel(
                 mask_x = mask_x & (k + tl.arange(0, HALF) < K)[:, None]
             x = tl.load(x_ptr + k + offs_x, mask=mask_x, other=0)
             codes = _codes(qweight_ptr, rows, offs_n < rows_left, k, K, shift, high_shift, BITS, BLOCK_N, HALF, EVEN_K)
-            zeros = None if zeros_ptr is None else _parameters(zeros_ptr, k, GROUP_SIZE, N, offs_n, mask_n)
-            scales = _parameters(scales_ptr, k, GROUP_SIZE, N, offs_n, mask_n) if GROUP_SIZE > 0 else None
+            mask_p = mask_n if EVEN_K or GROUP_SIZE == 0 else mask_n & (k + tl.zeros([BLOCK_N], tl.int32) < K)
+            zeros = None if zeros_ptr is None else _parameters(zeros_ptr, k, GROUP_SIZE, N, offs_n, mask_p)
+            scales = _parameters(scales_ptr, k, GROUP_SIZE, N, offs_n, mask_p) if GROUP_SIZE > 0 else None
             if INTEGER:
                 w = _int8(codes, zeros, BITS)
             else:
@@ -291,15 +292,6 @@ def _group_size(k: int, groups: int) -> int:
     return 0 if groups == 1 else k // groups
 
 
-def refuses(k: int, groups: int, bits: int) -> str | None:
-    """Why these kernels can't multiply a weight with `groups` groups of K = k, or None when they can."""
-    if groups > 1 and k // groups % 32:
-        return f"the group size must be a multiple of 32 or all of K, got {k // groups} of {k}"
-    if k > 2**16 and bits == 8:
-        return f"sums of products of two bytes over more than 65536 values overflow int32, got K = {k}"
-    return None
-
-
 def _divisor(block: int, size: int) -> int:
     """The largest power of two that divides `size`, and at most `block`; `block` for size 0."""
     return min(block, size & -size) if size else block
@@ -350,7 +342,12 @@ def gemm_int8(
     x: Tensor, x_scale: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
     bits: int, config: DequantGemmGpu, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """(x * x_scale) @ dequant(W)^T + bias: x int8 [M, K], x_scale float32 [M]; sums of integers, exact within a group. Returns dtype [M, N]."""
+    """(x * x_scale) @ dequant(W)^T + bias: x int8 [M, K], x_scale float32 [M]; sums of integers, exact within a group. Returns dtype [M, N].
+
+    Raises ValueError where sums over one group may overflow int32.
+    """
+    if bits == 8 and scales.shape[0] == 1 and x.shape[1] > 2**16:
+        raise ValueError(f"gemm_int8: K must be at most 65536 for 8 bits and one group, got {x.shape[1]}")
     return _multiply(x, x_scale, qweight, scales, zeros, bias, bits, config, dtype)
 
 
