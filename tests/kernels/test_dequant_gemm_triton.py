@@ -166,7 +166,7 @@ def test_which_kernel_runs():
 @pytest.mark.parametrize(
     ("x", "scales", "reason"),
     [
-        (torch.zeros(1, 48).half(), torch.ones(2, 4), "the group size must be a multiple of 32 or all of K, got 24 of 48"),
+        (torch.zeros(1, 48).half(), torch.ones(2, 4), "the group size must be all of K or a multiple of 32, got 24 of 48"),
         (torch.zeros(9, 64), torch.ones(1, 4), "more than 8 rows of float32 are computed by the reference only"),
         (torch.zeros(1, 64).double(), torch.ones(1, 4), "float64 is computed by the reference only"),
         (torch.zeros(1, 64).half().to("meta"), torch.ones(1, 4), "a tensor is on meta, not on a GPU"),
@@ -176,6 +176,13 @@ def test_what_the_reference_computes(monkeypatch, x, scales, reason):
     monkeypatch.setenv("NORMTWEAK_BACKEND", "triton")
     with interpreted(), pytest.raises(ValueError, match=f"dequant_gemm: NORMTWEAK_BACKEND=triton can't run this call: {reason}"):
         registry.select("dequant_gemm", x, ARGUMENTS[0], scales, None, None, 4, "auto")
+
+
+def test_bytes_whose_sums_overflow_go_to_the_reference(monkeypatch):
+    monkeypatch.setenv("NORMTWEAK_BACKEND", "triton")
+    wide = torch.zeros(9, 2**16 + 32).half()
+    with interpreted(), pytest.raises(ValueError, match="sums of products of two bytes over more than 65536 columns overflow 32 bits"):
+        registry.select("dequant_gemm", wide, ARGUMENTS[0], torch.ones(1, 4), None, None, 8, "int8_token")
 
 
 def test_what_has_no_gradient_kernel(monkeypatch):

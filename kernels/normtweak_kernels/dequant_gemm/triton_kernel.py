@@ -16,7 +16,6 @@ from triton.runtime.errors import OutOfResources
 
 from .. import gpu, packing, registry, tuning
 from ..launch import DEQUANT_GEMM_GPU, DequantGemmGpu, DequantGemmGpuLists, DequantGemvGpu, nearest_architecture
-from . import triton_gemm
 from .reference import quantize_activations
 from .triton_gemm import gemm, gemm_int8, grad_x, quantize_tokens
 from .triton_gemv import MAX_ROWS, gemv
@@ -24,13 +23,24 @@ from .triton_gemv import MAX_ROWS, gemv
 Config = DequantGemvGpu | DequantGemmGpu
 # Rows up to which a product is bound by reading the weight on every GPU, and K is split.
 FEW_ROWS = 64
+# Products of two bytes whose sum surely fits into 32 bits.
+MAX_BYTE_SUM = 2**16
 # What `warm` times: decoding, batches, prompts.
 WARM_ROWS = tuple(2**i for i in range(13))
 
 
+def _group_size(k: int, groups: int) -> str | None:
+    if groups > 1 and k // groups % packing.CHUNK:
+        return f"the group size must be all of K or a multiple of {packing.CHUNK}, got {k // groups} of {k}"
+    return None
+
+
 def _refuses(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, activations: str) -> str | None:
-    reason = gpu.refuses(x, qweight, scales, zeros, bias) or triton_gemm.refuses(x.shape[-1], scales.shape[0], bits)
-    if reason is None and x.dtype == torch.float32 and x.numel() > MAX_ROWS * x.shape[-1]:
+    reason = gpu.refuses(x, qweight, scales, zeros, bias) or _group_size(x.shape[-1], scales.shape[0])
+    few = x.numel() <= MAX_ROWS * x.shape[-1]
+    if reason is None and activations == "int8_token" and bits == 8 and scales.shape[0] == 1 and x.shape[-1] > MAX_BYTE_SUM and not few:
+        return f"sums of products of two bytes over more than {MAX_BYTE_SUM} columns overflow 32 bits"
+    if reason is None and x.dtype == torch.float32 and not few:
         return f"more than {MAX_ROWS} rows of float32 are computed by the reference only: tensor cores would round them"
     return reason
 
@@ -38,7 +48,7 @@ def _refuses(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, b
 def _refuses_backward(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, k: int) -> str | None:
     if grad.dtype == torch.float32:
         return "a gradient in float32 is computed by the reference only: tensor cores would round it"
-    return gpu.refuses(grad, qweight, scales, zeros) or triton_gemm.refuses(k, scales.shape[0], bits)
+    return gpu.refuses(grad, qweight, scales, zeros) or _group_size(k, scales.shape[0])
 
 
 def lists(device: torch.device) -> DequantGemmGpuLists:
