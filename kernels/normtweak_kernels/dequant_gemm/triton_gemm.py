@@ -119,18 +119,37 @@ def _int8(codes, zeros, BITS: tl.constexpr):
 
 
 @triton.jit
-def _parameters(ptr, k, GROUP_SIZE: tl.constexpr, N, offs_n, mask_n):
-    """Scales or zeros [BLOCK_N, 1] of the group that k lies in."""
-    row = ptr
-    if GROUP_SIZE > 0:
-        row += (k // GROUP_SIZE).to(tl.int64) * N
-    return tl.load(row + offs_n, mask=mask_n, other=0)[:, None]
+def _parameters(
+    ptr, k, n, K, N, qweight_ptr, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Scales or zeros, of BITS each, of BLOCK_N rows from n and BLOCK_K columns from k on: [BLOCK_N, 1], of several groups [BLOCK_N, BLOCK_K].
+
+    Where they come as int64 each holds 64 / BITS of them: one by one they would be too small for the asynchronous copies that bring the rest.
+    """
+    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE if 0 < GROUP_SIZE and GROUP_SIZE < BLOCK_K else 1
+    PER: tl.constexpr = 64 // BITS if ptr.dtype.element_ty == tl.int64 else 1
+    groups = (k // GROUP_SIZE if GROUP_SIZE > 0 else 0) + tl.arange(0, GROUPS)
+    offs = n // PER + tl.arange(0, BLOCK_N // PER)
+    mask = (offs < N // PER)[:, None] & (groups * GROUP_SIZE < K)[None, :]
+    values = tl.load(ptr + (groups.to(tl.int64)[None, :] * (N // PER) + offs[:, None]), mask=mask, other=0)
+    if PER > 1:
+        shift = _as_loaded(tl.arange(0, PER) * BITS, qweight_ptr, K).to(tl.int64)
+        values = tl.reshape(values[:, None, :] >> shift[None, :, None], [BLOCK_N, GROUPS])
+        if BITS == 8:
+            values = (values & 255).to(tl.int16)
+        elif BITS == 16:
+            values = values.to(tl.int16).to(tl.float16, bitcast=True)
+        else:
+            values = values.to(tl.int32).to(tl.float32, bitcast=True)
+    if GROUPS > 1:
+        values = tl.reshape(tl.broadcast_to(values[:, :, None], [BLOCK_N, GROUPS, GROUP_SIZE]), [BLOCK_N, BLOCK_K])
+    return values
 
 
 @triton.jit(do_not_specialize=["M"])
 def dequant_gemm_fwd_kernel(
     x_ptr, qweight_ptr, scales_ptr, zeros_ptr, bias_ptr, x_scale_ptr, y_ptr, M, N, K,
-    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr, SCALE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x @ dequant(W)^T + bias, or with SPLIT_K > 1 its partial sums [SPLIT_K, M, N] without bias.
@@ -150,14 +169,12 @@ def dequant_gemm_fwd_kernel(
     REMAINDER: tl.constexpr = INTEGER and BITS == 8 and zeros_ptr is not None
 
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    mask_m, mask_n = pid_m * BLOCK_M + offs_m < M, pid_n * BLOCK_N + offs_n < N
-    rows_left = tl.cdiv(N, 16) * 16 - pid_n * BLOCK_N
+    first_n = pid_n * BLOCK_N
+    mask_m, mask_n = pid_m * BLOCK_M + offs_m < M, first_n + offs_n < N
+    rows_left = tl.cdiv(N, 16) * 16 - first_n
     panel = tl.cdiv(K, 32) * (BITS * 16)
     x_ptr += pid_m.to(tl.int64) * BLOCK_M * K
     qweight_ptr += pid_n.to(tl.int64) * (BLOCK_N // 16) * panel
-    scales_ptr += pid_n * BLOCK_N
-    if zeros_ptr is not None:
-        zeros_ptr += pid_n * BLOCK_N
     offs_x = offs_m[None, :] * K + tl.arange(0, HALF)[:, None]
     rows = offs_n // 16 * panel + offs_n % 16
     shift, high_shift = _shifts(qweight_ptr, K, BITS), _high_shifts(qweight_ptr, K)
@@ -172,9 +189,11 @@ def dequant_gemm_fwd_kernel(
                 mask_x = mask_x & (k + tl.arange(0, HALF) < K)[:, None]
             x = tl.load(x_ptr + k + offs_x, mask=mask_x, other=0)
             codes = _codes(qweight_ptr, rows, offs_n < rows_left, k, K, shift, high_shift, BITS, BLOCK_N, HALF, EVEN_K)
-            mask_p = mask_n if EVEN_K or GROUP_SIZE == 0 else mask_n & (k + tl.zeros([BLOCK_N], tl.int32) < K)
-            zeros = None if zeros_ptr is None else _parameters(zeros_ptr, k, GROUP_SIZE, N, offs_n, mask_p)
-            scales = _parameters(scales_ptr, k, GROUP_SIZE, N, offs_n, mask_p) if GROUP_SIZE > 0 else None
+            zeros, scales = None, None
+            if zeros_ptr is not None:
+                zeros = _parameters(zeros_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, HALF)
+            if GROUP_SIZE > 0:
+                scales = _parameters(scales_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF)
             if INTEGER:
                 w = _int8(codes, zeros, BITS)
             else:
@@ -191,12 +210,12 @@ def dequant_gemm_fwd_kernel(
 
     y = acc.to(tl.float32)
     if GROUP_SIZE == 0:
-        y *= _parameters(scales_ptr, 0, 0, N, offs_n, mask_n).to(tl.float32)
+        y *= _parameters(scales_ptr, 0, first_n, K, N, qweight_ptr, 0, SCALE_BITS, BLOCK_N, BLOCK_K).to(tl.float32)
     if INTEGER:
         y *= tl.load(x_scale_ptr + pid_m * BLOCK_M + offs_m, mask=mask_m, other=0)[None, :]
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + pid_n * BLOCK_N + offs_n, mask=mask_n, other=0).to(tl.float32)[:, None]
-    y_ptr += (pid_k.to(tl.int64) * M + pid_m * BLOCK_M) * N + pid_n * BLOCK_N
+        y += tl.load(bias_ptr + first_n + offs_n, mask=mask_n, other=0).to(tl.float32)[:, None]
+    y_ptr += (pid_k.to(tl.int64) * M + pid_m * BLOCK_M) * N + first_n
     tl.store(y_ptr + (offs_m[None, :] * N + offs_n[:, None]), y.to(y_ptr.dtype.element_ty), mask=mask_m[None, :] & mask_n[:, None])
 
 
@@ -213,22 +232,10 @@ def dequant_gemm_sum_kernel(partial_ptr, bias_ptr, y_ptr, size, N, SPLIT_K: tl.c
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _block_parameters(ptr, k, K, GROUP_SIZE: tl.constexpr, N, offs_n, mask_n, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Scales or zeros of BLOCK_K values from k on: [BLOCK_N, 1], or [BLOCK_N, BLOCK_K] where they belong to several groups."""
-    if GROUP_SIZE == 0 or BLOCK_K <= GROUP_SIZE:
-        return _parameters(ptr, k, GROUP_SIZE, N, offs_n, mask_n)
-    else:
-        groups = k // GROUP_SIZE + tl.arange(0, BLOCK_K // GROUP_SIZE)
-        mask = mask_n[:, None] & (groups < K // GROUP_SIZE)[None, :]
-        values = tl.load(ptr + (groups.to(tl.int64)[None, :] * N + offs_n[:, None]), mask=mask, other=0)
-        return tl.reshape(tl.broadcast_to(values[:, :, None], [BLOCK_N, BLOCK_K // GROUP_SIZE, GROUP_SIZE]), [BLOCK_N, BLOCK_K])
-
-
 @triton.jit(do_not_specialize=["M"])
 def dequant_gemm_bwd_kernel(
     grad_ptr, qweight_ptr, scales_ptr, zeros_ptr, grad_x_ptr, M, N, K,
-    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr, SCALE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
     """grad_x [M, K] = grad [M, N] @ dequant(W). GROUP_SIZE 0: a scale per channel. EVEN_N: BLOCK_N divides N."""
@@ -258,8 +265,8 @@ def dequant_gemm_bwd_kernel(
             codes = _codes(words, rows, inside, first_k, K, shift, high_shift, BITS, HALF, BLOCK_K, False)
             zeros = None
             if zeros_ptr is not None:
-                zeros = _block_parameters(zeros_ptr + n, first_k, K, GROUP_SIZE, N, offs_h, mask_n, HALF, BLOCK_K)
-            scales = _block_parameters(scales_ptr + n, first_k, K, GROUP_SIZE, N, offs_h, mask_n, HALF, BLOCK_K)
+                zeros = _parameters(zeros_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, 8, HALF, BLOCK_K)
+            scales = _parameters(scales_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, HALF, BLOCK_K)
             w = _weights(codes, zeros, scales, BITS, dtype)
             acc = tl.dot(tl.trans(w), grad, acc)
 
@@ -292,6 +299,13 @@ def _group_size(k: int, groups: int) -> int:
     return 0 if groups == 1 else k // groups
 
 
+def _in_words(parameters: Tensor | None) -> Tensor | None:
+    """The scales or zeros [G, N] as int64, 2, 4 or 8 to each, where N and the address allow it."""
+    if parameters is None or parameters.shape[1] * parameters.itemsize % 8 or parameters.data_ptr() % 8:
+        return parameters
+    return parameters.view(torch.int64)
+
+
 def _divisor(block: int, size: int) -> int:
     """The largest power of two that divides `size`, and at most `block`; `block` for size 0."""
     return min(block, size & -size) if size else block
@@ -309,8 +323,8 @@ def _multiply(
     out = y if split_k == 1 else x.new_empty((split_k, m, n), dtype=torch.float32)
     blocks = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     dequant_gemm_fwd_kernel[(blocks, split_k)](
-        x, qweight, scales, zeros, bias if split_k == 1 else None, x_scale, out, m, n, k,
-        BITS=bits, GROUP_SIZE=group_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, SPLIT_K=split_k,
+        x, qweight, _in_words(scales), _in_words(zeros), bias if split_k == 1 else None, x_scale, out, m, n, k,
+        BITS=bits, SCALE_BITS=8 * scales.itemsize, GROUP_SIZE=group_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, SPLIT_K=split_k,
         GROUP_M=config.group_m, EVEN_K=k % block_k == 0, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if split_k > 1:
@@ -360,8 +374,8 @@ def grad_x(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, 
     y = grad.new_empty((m, k))
     blocks = triton.cdiv(m, config.block_m) * triton.cdiv(k, block_k)
     dequant_gemm_bwd_kernel[(blocks,)](
-        grad, qweight, scales, zeros, y, m, n, k,
-        BITS=bits, GROUP_SIZE=group_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k,
+        grad, qweight, _in_words(scales), _in_words(zeros), y, m, n, k,
+        BITS=bits, SCALE_BITS=8 * scales.itemsize, GROUP_SIZE=group_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k,
         GROUP_M=config.group_m, EVEN_N=n % config.block_n == 0, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return y
