@@ -102,8 +102,8 @@ class DequantGemmGpuLists:
     """
 
     multiprocessors: int
-    # Up to so many rows the kernel without tensor cores runs. A product of theirs takes 16 rows as long as one; without them each row
-    # costs instructions, of which a processor has as many to spare as its memory is slow.
+    # Up to so many rows the kernel without tensor cores runs, and up to twice as many tuning tries it. A product of theirs takes 16 rows as
+    # long as one; without them each row costs instructions, of which a processor has as many to spare as its memory is slow.
     gemv_max_rows: int
     gemv: tuple[DequantGemvGpu, ...]
     # Up to 64 rows: bound by reading the weight, so that K is split until there are programs for all multiprocessors.
@@ -165,8 +165,8 @@ DEQUANT_GEMM_GPU = {
     "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=2),
     # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth.
     "sm_120": replace(_SM_86, multiprocessors=170, gemv_max_rows=4),
-    # MI300X: 64 KB of shared memory; a wavefront of 64 lanes does twice a warp's work.
-    "gfx942": replace(_SM_86, multiprocessors=304, gemv_max_rows=4),
+    # MI300X: 64 KB of shared memory; a wavefront of 64 lanes does twice a warp's work. Above 2 rows their sums spill out of the registers.
+    "gfx942": replace(_SM_86, multiprocessors=304, gemv_max_rows=1, gemv=tuple(DequantGemvGpu(num_warps=warps, chunks=2) for warps in (4, 2, 8))),
 }
 
 

@@ -67,9 +67,10 @@ def candidates(available: DequantGemmGpuLists, m: int, dtype: torch.dtype, activ
         return "float32", available.gemv
     if activations == "int8_token" and m > MAX_ROWS:
         return "int8", available.int8
-    if m <= MAX_ROWS:
-        gemv_first = m <= available.gemv_max_rows
-        return "fewest rows", (*available.gemv, *available.few_rows) if gemv_first else (*available.few_rows, *available.gemv)
+    if m <= available.gemv_max_rows:
+        return "fewest rows", (*available.gemv, *available.few_rows)
+    if m <= min(2 * available.gemv_max_rows, MAX_ROWS):
+        return "fewest rows", (*available.few_rows, *available.gemv)
     return ("few rows", available.few_rows) if m <= FEW_ROWS else ("many rows", available.many_rows)
 
 
