@@ -63,18 +63,22 @@ def test_simulator(bits, capability, dtype):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("bits", packing.BITS)
 def test_each_byte_is_read_once_in_whole_sectors(bits, capability):
-    weight, x, bias = case(2, 80, 1152, 64, bits, torch.float16, zeros=False, bias=True)
+    weight, x, bias = case(2, 48, 576, 64, bits, torch.float16, zeros=False, bias=True)
     packed = weight.pack()
     with simulated(capability, OUTPUTS) as reports:
         run(weight, x, bias)
     assert_coalesced(reports)
     assert reports[0].bytes_read == sum(tensor.nbytes for tensor in (packed, weight.scales, x, bias))
-    assert reports[0].bytes_written == 2 * 80 * 2
+    assert reports[0].bytes_written == 2 * 48 * 2
     wide = [op for _, op, _, sectors, _ in reports[0].access_table() if sectors is not None and op.startswith("ld.global.v4")]
     assert len(wide) >= 2, "the words and x are read 16 bytes at a time"
-    # Per channel, there is little beside the words.
-    weight, x, _ = case(1, 256, 1152, -1, bits, torch.float16, zeros=True, bias=False)
-    with simulated(capability, OUTPUTS) as reports:
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize(("bits", "k"), [(2, 1152), (3, 768), (4, 576), (8, 576)])
+def test_per_channel_little_but_the_weight_is_read(bits, k):
+    weight, x, _ = case(1, 256, k, -1, bits, torch.float16, zeros=True, bias=False)
+    with simulated(80, OUTPUTS) as reports:
         run(weight, x, None)
     assert weight.pack().nbytes <= reports[0].bytes_read <= 1.05 * weight.pack().nbytes
     assert_coalesced(reports)
