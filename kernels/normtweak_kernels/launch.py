@@ -225,9 +225,33 @@ class GptqBlockUpdateGpu:
 
     # A row's 128 columns are 4 registers in each of a warp's 32 lanes, its errors and codes 8 more.
     max_columns: int = 128
-    # A row per warp: the shortest way from one column to the next, and rows enough for every multiprocessor from N = 600 on.
-    block_rows: int = 4
-    num_warps: int = 4
+    # A row per warp: the shortest way from one column to the next, and rows enough for every multiprocessor from N = 1100 on.
+    block_rows: int = 8
+    num_warps: int = 8
 
 
 GPTQ_BLOCK_UPDATE_GPU = GptqBlockUpdateGpu()
+
+
+@dataclass(frozen=True)
+class HessianUpdateGpu:
+    """Tiles of hessian_update's Triton kernel: a square of channels, summed over a few tokens at a time. Not yet timed on a GPU."""
+
+    block_channels: int
+    block_tokens: int
+    # The three parts of float32 values are held in registers, which spill with 32 tokens.
+    block_tokens_float32: int
+    num_warps: int
+    num_stages: int
+
+
+# 64 sums a thread, as many registers again for the Hessian's tile at the end: with 4 warps they spill. Three stages are 96 KB on sm_90, the 64 KB
+# that gfx942 has, and 64 KB on sm_80.
+_HESSIAN_WIDE = HessianUpdateGpu(block_channels=128, block_tokens=64, block_tokens_float32=16, num_warps=8, num_stages=3)
+# Fewer channels than 2048 make fewer of those tiles than there are multiprocessors.
+_HESSIAN_NARROW = HessianUpdateGpu(block_channels=64, block_tokens=32, block_tokens_float32=16, num_warps=4, num_stages=4)
+
+
+def hessian_update_gpu(channels: int) -> HessianUpdateGpu:
+    """The tiles for a Hessian of so many channels."""
+    return _HESSIAN_WIDE if channels >= 2048 else _HESSIAN_NARROW
