@@ -36,8 +36,10 @@ def why_missing() -> str:
 
 
 @cache
-def architecture(index: int) -> str:
-    """What the compilers call the GPU with this index: sm_80, sm_90, gfx942, ..."""
+def architecture(index: int | None) -> str:
+    """What the compilers call the GPU with this index: sm_80, sm_90, gfx942, ...; sm_80 for the interpreter on the CPU, which has none."""
+    if index is None:
+        return "sm_80"
     if torch.version.hip:
         return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(index)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,23 @@ DEQUANT_GEMM_CPU = {
 
 
 @dataclass(frozen=True)
+class DequantGemvGpu:
+    """How dequant_gemm's Triton kernel for up to 8 rows of x is launched. A program computes 16 columns of y."""
+
+    # They share the chunks of K. More of them have more of the weight on its way at a time, and more sums to add up at the end.
+    num_warps: int
+    # Chunks of 32 values of K that a thread unpacks before it scales its sum, at most a group: more of them load a scale less often and have
+    # more of the weight on its way, in more registers.
+    chunks: int
+
+    def __post_init__(self) -> None:
+        for name, most in (("num_warps", 32), ("chunks", 8)):
+            value = getattr(self, name)
+            if value < 1 or value > most or value & (value - 1):
+                raise ValueError(f"DequantGemvGpu: {name} must be a power of two of at most {most}, got {value}")
+
+
+@dataclass(frozen=True)
 class DequantGemmGpu:
     """How dequant_gemm's Triton GEMMs (forward, int8 and backward in x) are launched.
 
@@ -73,6 +91,96 @@ class DequantGemmGpu:
             value = getattr(self, name)
             if value < least or value & (value - 1):
                 raise ValueError(f"DequantGemmGpu: {name} must be a power of two of at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class DequantGemmGpuLists:
+    """What dequant_gemm may be launched with on one architecture: short lists for `tuning.tune`, of which the first fits unless it found another.
+
+    Chosen by what the compilers say of each (registers, shared memory, instructions per weight) and by the number of programs it gives; not
+    yet timed on a GPU.
+    """
+
+    multiprocessors: int
+    # Up to so many rows the kernel without tensor cores runs, and up to twice as many tuning tries it. A product of theirs takes 16 rows as
+    # long as one; without them each row costs instructions, of which a processor has as many to spare as its memory is slow.
+    gemv_max_rows: int
+    gemv: tuple[DequantGemvGpu, ...]
+    # Up to 64 rows: bound by reading the weight, so that K is split until there are programs for all multiprocessors.
+    few_rows: tuple[DequantGemmGpu, ...]
+    many_rows: tuple[DequantGemmGpu, ...]
+    int8: tuple[DequantGemmGpu, ...]
+    backward: tuple[DequantGemmGpu, ...]
+
+
+# 8 warps share the 128 chunks of K = 4096 in 16 chunks each, two at a time and thread: 3 to 4 programs on a multiprocessor have 48 to 64 KB of a
+# 4-bit weight on their way, more than bandwidth times latency asks for (20 to 54 KB). Fewer warps for short K, more for a narrow N.
+_GEMV = (
+    DequantGemvGpu(num_warps=8, chunks=2),
+    DequantGemvGpu(num_warps=4, chunks=2),
+    DequantGemvGpu(num_warps=16, chunks=2),
+    DequantGemvGpu(num_warps=4, chunks=4),
+)
+# 16 rows a tile wait for nothing but memory: narrow tiles and a split K give programs, deep pipelines keep memory busy.
+_FEW_ROWS = tuple(
+    DequantGemmGpu(block_m=block_m, block_n=block_n, block_k=64, split_k=split_k, num_warps=4, num_stages=4)
+    for block_m in (16, 32, 64)
+    for block_n, split_k in ((64, 8), (128, 8), (64, 4))
+)
+
+# Tensor cores are kept busy by tiles of 128 x 128 that 8 warps share; the narrower ones give small matrices more programs.
+_MANY_ROWS = (
+    DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    DequantGemmGpu(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=4),
+    DequantGemmGpu(block_m=128, block_n=64, block_k=64, num_warps=4, num_stages=3),
+)
+_INT8 = (
+    DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
+)
+_BACKWARD = (
+    DequantGemmGpu(block_m=128, block_n=64, block_k=128, num_warps=8, num_stages=3),
+    DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
+)
+# A100. Half the float32 units of the others: at 4 bits one row takes as long as memory does, 4 rows two and a half times as long.
+_SM_80 = DequantGemmGpuLists(
+    multiprocessors=108, gemv_max_rows=4, gemv=_GEMV, few_rows=_FEW_ROWS, many_rows=_MANY_ROWS, int8=_INT8, backward=_BACKWARD
+)
+# 100 KB of shared memory instead of A100's 164: two stages. Memory is slow beside arithmetic (A10 600 GB/s, L40S 864): all 8 rows.
+_SM_86 = replace(
+    _SM_80,
+    multiprocessors=72,
+    gemv_max_rows=8,
+    many_rows=tuple(replace(config, num_stages=2) for config in _MANY_ROWS),
+    int8=tuple(replace(config, num_stages=2) for config in _INT8),
+    backward=tuple(replace(config, num_stages=2) for config in _BACKWARD),
+)
+DEQUANT_GEMM_GPU = {
+    "sm_80": _SM_80,
+    "sm_86": _SM_86,
+    "sm_89": replace(_SM_86, multiprocessors=142),
+    # H100: wgmma wants 4 warps for each 64 rows of its first operand.
+    "sm_90": replace(_SM_80, multiprocessors=132),
+    # B200: its memory is 2.4 times as fast as H100's, its float32 units are not.
+    "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=2),
+    # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth.
+    "sm_120": replace(_SM_86, multiprocessors=170, gemv_max_rows=4),
+    # MI300X: 64 KB of shared memory; a wavefront of 64 lanes does twice a warp's work. Above 2 rows their sums spill out of the registers.
+    "gfx942": replace(_SM_86, multiprocessors=304, gemv_max_rows=1, gemv=tuple(DequantGemvGpu(num_warps=warps, chunks=2) for warps in (4, 2, 8))),
+}
+
+
+def nearest_architecture(name: str, known: Iterable[str]) -> str:
+    """Of the known architectures the same, or the newest that is not newer and of the same maker; the maker's oldest where all are newer."""
+    names = list(known)
+    if name in names:
+        return name
+
+    def number(architecture: str) -> int:
+        return int(architecture.lstrip("smgfx_"), 16)
+
+    same = sorted((other for other in names if other[:2] == name[:2]), key=number)
+    return max((other for other in same if number(other) <= number(name)), key=number, default=same[0])
 
 
 @dataclass(frozen=True)
