@@ -1,9 +1,36 @@
-"""Fixed seeds, and the models that tests share."""
+"""Fixed seeds, the models that tests share, and what is said of tests that can't run here."""
 
 import pytest
 import torch
 
+from normtweak_kernels import gpu
 from small_models import make_model
+
+# Marker -> how many tests of it didn't run.
+_NOT_RUN: dict[str, int] = {}
+
+
+def _missing(marker: str) -> str | None:
+    """What tests with this marker want and this machine lacks."""
+    if marker == "gpu":
+        return None if torch.cuda.is_available() else "no GPU was found"
+    from triton_checks import BESIDE, ENVIRONMENT, tools_folder
+
+    return None if tools_folder() else f"ptx_check.py is neither in {BESIDE} nor in a folder that {ENVIRONMENT} names"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in ("ptx", "gpu"):
+        if item.get_closest_marker(marker) and (reason := _missing(marker)):
+            _NOT_RUN[marker] = _NOT_RUN.get(marker, 0) + 1
+            pytest.skip(reason)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if gpu.why_missing():
+        terminalreporter.write_line(f"NOT RUN: the tests of Triton's kernels: {gpu.why_missing()}", yellow=True, bold=True)
+    for marker, count in _NOT_RUN.items():
+        terminalreporter.write_line(f"NOT RUN: {count} tests marked {marker}: {_missing(marker)}", yellow=True, bold=True)
 
 
 @pytest.fixture(autouse=True)

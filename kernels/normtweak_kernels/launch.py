@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,143 @@ DEQUANT_GEMM_CPU = {
 
 
 @dataclass(frozen=True)
+class DequantGemvGpu:
+    """How dequant_gemm's Triton kernel for up to 8 rows of x is launched. A program computes 16 columns of y."""
+
+    # They share the chunks of K. More of them have more of the weight on its way at a time, and more sums to add up at the end.
+    num_warps: int
+    # Chunks of 32 values of K that a thread unpacks before it scales its sum, at most a group: more of them load a scale less often and have
+    # more of the weight on its way, in more registers.
+    chunks: int
+
+    def __post_init__(self) -> None:
+        for name, most in (("num_warps", 32), ("chunks", 8)):
+            value = getattr(self, name)
+            if value < 1 or value > most or value & (value - 1):
+                raise ValueError(f"DequantGemvGpu: {name} must be a power of two of at most {most}, got {value}")
+
+
+@dataclass(frozen=True)
+class DequantGemmGpu:
+    """How dequant_gemm's Triton GEMMs (forward, int8 and backward in x) are launched.
+
+    A program computes block_m rows of x by block_n columns of y; backward in x, block_m rows of grad by block_k columns of the result, summed
+    over N in steps of block_n.
+    """
+
+    block_m: int
+    block_n: int
+    # Values of K unpacked between two products, at most a group; the kernels take the largest power of two in both.
+    block_k: int
+    # Parts that the sum over K is cut into, each a program of its own; more than one where M and N alone are too few for the processor.
+    split_k: int = 1
+    num_warps: int = 4
+    # Tiles in flight on the way from memory to the tensor cores.
+    num_stages: int = 3
+    # Blocks of M that run side by side over the same weights, so that both stay in the second-level cache.
+    group_m: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_k", "split_k", "num_warps", "num_stages", "group_m"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"DequantGemmGpu: {name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("block_m", 16), ("block_n", 16), ("block_k", 32)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                raise ValueError(f"DequantGemmGpu: {name} must be a power of two of at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class DequantGemmGpuLists:
+    """What dequant_gemm may be launched with on one architecture: short lists for `tuning.tune`, of which the first fits unless it found another.
+
+    Chosen by what the compilers say of each (registers, shared memory, instructions per weight) and by the number of programs it gives; not
+    yet timed on a GPU.
+    """
+
+    multiprocessors: int
+    # Up to so many rows the kernel without tensor cores runs, and up to twice as many tuning tries it. A product of theirs takes 16 rows as
+    # long as one; without them each row costs instructions, of which a processor has as many to spare as its memory is slow.
+    gemv_max_rows: int
+    gemv: tuple[DequantGemvGpu, ...]
+    # Up to 64 rows: bound by reading the weight, so that K is split until there are programs for all multiprocessors.
+    few_rows: tuple[DequantGemmGpu, ...]
+    many_rows: tuple[DequantGemmGpu, ...]
+    int8: tuple[DequantGemmGpu, ...]
+    backward: tuple[DequantGemmGpu, ...]
+
+
+# 8 warps share the 128 chunks of K = 4096 in 16 chunks each, two at a time and thread: 3 to 4 programs on a multiprocessor have 48 to 64 KB of a
+# 4-bit weight on their way, more than bandwidth times latency asks for (20 to 54 KB). Fewer warps for short K, more for a narrow N.
+_GEMV = (
+    DequantGemvGpu(num_warps=8, chunks=2),
+    DequantGemvGpu(num_warps=4, chunks=2),
+    DequantGemvGpu(num_warps=16, chunks=2),
+    DequantGemvGpu(num_warps=4, chunks=4),
+)
+# 16 rows a tile wait for nothing but memory: narrow tiles and a split K give programs, deep pipelines keep memory busy.
+_FEW_ROWS = tuple(
+    DequantGemmGpu(block_m=block_m, block_n=block_n, block_k=64, split_k=split_k, num_warps=4, num_stages=4)
+    for block_m in (16, 32, 64)
+    for block_n, split_k in ((64, 8), (128, 8), (64, 4))
+)
+
+# Tensor cores are kept busy by tiles of 128 x 128 that 8 warps share; the narrower ones give small matrices more programs.
+_MANY_ROWS = (
+    DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    DequantGemmGpu(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=4),
+    DequantGemmGpu(block_m=128, block_n=64, block_k=64, num_warps=4, num_stages=3),
+)
+_INT8 = (
+    DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
+)
+_BACKWARD = (
+    DequantGemmGpu(block_m=128, block_n=64, block_k=128, num_warps=8, num_stages=3),
+    DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
+)
+# A100. Half the float32 units of the others: at 4 bits one row takes as long as memory does, 4 rows two and a half times as long.
+_SM_80 = DequantGemmGpuLists(
+    multiprocessors=108, gemv_max_rows=4, gemv=_GEMV, few_rows=_FEW_ROWS, many_rows=_MANY_ROWS, int8=_INT8, backward=_BACKWARD
+)
+# 100 KB of shared memory instead of A100's 164: two stages. Memory is slow beside arithmetic (A10 600 GB/s, L40S 864): all 8 rows.
+_SM_86 = replace(
+    _SM_80,
+    multiprocessors=72,
+    gemv_max_rows=8,
+    many_rows=tuple(replace(config, num_stages=2) for config in _MANY_ROWS),
+    int8=tuple(replace(config, num_stages=2) for config in _INT8),
+    backward=tuple(replace(config, num_stages=2) for config in _BACKWARD),
+)
+DEQUANT_GEMM_GPU = {
+    "sm_80": _SM_80,
+    "sm_86": _SM_86,
+    "sm_89": replace(_SM_86, multiprocessors=142),
+    # H100: wgmma wants 4 warps for each 64 rows of its first operand.
+    "sm_90": replace(_SM_80, multiprocessors=132),
+    # B200: its memory is 2.4 times as fast as H100's, its float32 units are not.
+    "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=2),
+    # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth.
+    "sm_120": replace(_SM_86, multiprocessors=170, gemv_max_rows=4),
+    # MI300X: 64 KB of shared memory; a wavefront of 64 lanes does twice a warp's work. Above 2 rows their sums spill out of the registers.
+    "gfx942": replace(_SM_86, multiprocessors=304, gemv_max_rows=1, gemv=tuple(DequantGemvGpu(num_warps=warps, chunks=2) for warps in (4, 2, 8))),
+}
+
+
+def nearest_architecture(name: str, known: Iterable[str]) -> str:
+    """Of the known architectures the same, or the newest that is not newer and of the same maker; the maker's oldest where all are newer."""
+    names = list(known)
+    if name in names:
+        return name
+
+    def number(architecture: str) -> int:
+        return int(architecture.lstrip("smgfx_"), 16)
+
+    same = sorted((other for other in names if other[:2] == name[:2]), key=number)
+    return max((other for other in same if number(other) <= number(name)), key=number, default=same[0])
+
+
+@dataclass(frozen=True)
 class HessianUpdateCpu:
     """CPU body of hessian_update that goes through torch's matrix products."""
 
@@ -54,3 +192,66 @@ class HessianUpdateCpu:
 
 
 HESSIAN_UPDATE_CPU = HessianUpdateCpu()
+
+
+@dataclass(frozen=True)
+class ChannelLossGpu:
+    """Tiles of channel_loss's Triton kernels. One set for every GPU: they move memory and do little else. Not yet timed on one."""
+
+    # A tile of x is read once and kept in registers while its mean and then its squares are summed: 64 values a thread, and still three or
+    # four programs per multiprocessor, so that one loads while another sums. With 128 tokens and 8 warps there was room for one.
+    block_tokens: int = 64
+    block_channels: int = 128
+    num_warps: int = 4
+    # Tokens are cut into so many strips at most: enough programs for every multiprocessor when there are a few blocks of channels. A strip
+    # writes 12 bytes per channel, at 16384 tokens 1 % (float32) or 2 % (16 bits) of what x takes.
+    max_strips: int = 64
+    # Strips are merged per channel: narrow, so that many multiprocessors take part.
+    merge_strips: int = 32
+    merge_channels: int = 32
+    merge_warps: int = 4
+    # Wide enough that a thread's share of the channels' statistics is a load of 8 bytes.
+    grad_tokens: int = 32
+    grad_channels: int = 256
+    grad_warps: int = 4
+
+
+CHANNEL_LOSS_GPU = ChannelLossGpu()
+
+
+@dataclass(frozen=True)
+class GptqBlockUpdateGpu:
+    """One launch of gptq_block_update's Triton kernel. One set for every GPU: a column's latency counts, not a unit's speed. Not yet timed on one."""
+
+    # A row's 128 columns are 4 registers in each of a warp's 32 lanes, its errors and codes 8 more.
+    max_columns: int = 128
+    # A row per warp: the shortest way from one column to the next, and rows enough for every multiprocessor from N = 1100 on.
+    block_rows: int = 8
+    num_warps: int = 8
+
+
+GPTQ_BLOCK_UPDATE_GPU = GptqBlockUpdateGpu()
+
+
+@dataclass(frozen=True)
+class HessianUpdateGpu:
+    """Tiles of hessian_update's Triton kernel: a square of channels, summed over a few tokens at a time. Not yet timed on a GPU."""
+
+    block_channels: int
+    block_tokens: int
+    # The three parts of float32 values are held in registers, which spill with 32 tokens.
+    block_tokens_float32: int
+    num_warps: int
+    num_stages: int
+
+
+# 64 sums a thread, as many registers again for the Hessian's tile at the end: with 4 warps they spill. Three stages are 96 KB on sm_90, the 64 KB
+# that gfx942 has, and 64 KB on sm_80.
+_HESSIAN_WIDE = HessianUpdateGpu(block_channels=128, block_tokens=64, block_tokens_float32=16, num_warps=8, num_stages=3)
+# Fewer channels than 2048 make fewer of those tiles than there are multiprocessors.
+_HESSIAN_NARROW = HessianUpdateGpu(block_channels=64, block_tokens=32, block_tokens_float32=16, num_warps=4, num_stages=4)
+
+
+def hessian_update_gpu(channels: int) -> HessianUpdateGpu:
+    """The tiles for a Hessian of so many channels."""
+    return _HESSIAN_WIDE if channels >= 2048 else _HESSIAN_NARROW

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,20 @@ def register(op: str, backend: str, refuses: Callable[..., str | None] = lambda 
         return function
 
     return add
+
+
+def register_lazily(op: str, backend: str, module: str, refuses: Callable[..., str | None]) -> None:
+    """Like `register`, for a body in a module that is costly to import, or can't be everywhere, by its full name.
+
+    `refuses` must be cheap and let through only what is worth the import. The first call that it lets through imports the module,
+    which must register its own body of the op for the same backend; that one replaces this, with its own `refuses`.
+    """
+
+    def loaded() -> Implementation:
+        importlib.import_module(module)
+        return _IMPLEMENTATIONS[op][backend]
+
+    register(op, backend, lambda *args: refuses(*args) or loaded().refuses(*args))(lambda *args: loaded().run(*args))
 
 
 def ops() -> list[str]:

@@ -1,7 +1,9 @@
+import sys
+
 import pytest
 import torch
 
-from normtweak_kernels import group_params, registry, which_backend
+from normtweak_kernels import gpu, group_params, registry, which_backend
 
 CALL = (torch.zeros(2, 32), None, 32, 4, True, 0)
 
@@ -71,3 +73,53 @@ def test_when_nothing_runs_the_call(monkeypatch):
     monkeypatch.setattr(registry, "_IMPLEMENTATIONS", {"op": {}})
     with pytest.raises(ValueError, match="op: no backend runs this call"):
         registry.select("op")
+
+
+def test_a_lazy_body_is_imported_by_the_first_call_that_it_does_not_refuse(monkeypatch, tmp_path):
+    (tmp_path / "lazy_body.py").write_text(
+        "from normtweak_kernels import registry\n"
+        "@registry.register('op', 'triton', lambda x: 'x is odd' if x % 2 else None)\n"
+        "def op(x):\n    return x + 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("NORMTWEAK_BACKEND", raising=False)
+    monkeypatch.setattr(registry, "_IMPLEMENTATIONS", {})
+    registry.register("op", "reference")(lambda x: -1)
+    registry.register_lazily("op", "triton", "lazy_body", lambda x: "x is negative" if x < 0 else None)
+    assert which_backend("op", -2) == "reference"
+    assert "lazy_body" not in sys.modules
+    assert which_backend("op", 3) == "reference"
+    assert "lazy_body" in sys.modules
+    chosen = registry.select("op", 2)
+    assert (chosen.backend, chosen.run(2)) == ("triton", 3)
+    monkeypatch.setenv("NORMTWEAK_BACKEND", "triton")
+    with pytest.raises(ValueError, match="op: NORMTWEAK_BACKEND=triton can't run this call: x is odd"):
+        registry.select("op", 3)
+
+
+def test_triton_runs_on_gpus_and_in_its_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.zeros(2)
+    assert gpu.refuses(x, None, 4) == "a tensor is on cpu, not on a GPU"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(gpu, "why_missing", lambda: "")
+    assert gpu.refuses(x, None, 4, "auto") is None
+    assert gpu.refuses(x, x.double()) == "float64 is computed by the reference only"
+    assert gpu.refuses(x, x.to("meta")) == "a tensor is on meta, not on a GPU"
+    monkeypatch.setattr(gpu, "why_missing", lambda: "No module named 'triton'")
+    assert gpu.refuses(x) == "Triton is missing (No module named 'triton')"
+    with gpu.on_device_of(x):
+        pass
+
+
+def test_triton_refuses_gpus_that_it_makes_no_tensor_core_code_for(monkeypatch):
+    monkeypatch.setattr(gpu, "why_missing", lambda: "")
+    monkeypatch.setattr(torch.version, "hip", None)
+    for index, capability, name in ((0, (7, 5), "sm_75"), (1, (9, 0), "sm_90"), (2, (12, 0), "sm_120")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        for cached in (gpu.architecture, gpu._too_old):
+            cached.cache_clear()
+        assert gpu.architecture(index) == name
+        assert gpu._too_old(index) == ("the GPU is an sm_75, older than sm_80" if index == 0 else None)
+    for cached in (gpu.architecture, gpu._too_old):
+        cached.cache_clear()

@@ -11,11 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import registry
+from .. import gpu, registry
 from . import cpp_kernel, reference  # noqa: F401  (they register their bodies)
 from .statistics import ChannelStatistics, check_tokens
 
 __all__ = ["ChannelStatistics", "channel_loss", "channel_loss_and_grad"]
+
+for _op in ("channel_statistics", "channel_loss", "channel_loss_backward", "channel_loss_and_grad"):
+    registry.register_lazily(_op, "triton", f"{__name__}.triton_kernel", gpu.refuses)
 
 torch.library.define("normtweak::channel_loss", "(Tensor x, Tensor mean_f, Tensor var_f, Tensor? mask, bool squared) -> (Tensor, Tensor, Tensor)")
 torch.library.define(

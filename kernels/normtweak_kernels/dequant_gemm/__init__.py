@@ -9,8 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native, packing, registry
+from .. import gpu, native, packing, registry
 from . import cpp_kernel, reference  # noqa: F401  (they register their bodies)
+
+for _op in ("dequant_gemm", "dequant_gemm_backward"):
+    registry.register_lazily(_op, "triton", f"{__name__}.triton_kernel", gpu.refuses)
 
 torch.library.define(
     "normtweak::dequant_gemm", "(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int bits, str activations) -> Tensor"
@@ -71,7 +74,7 @@ def dequant_gemm(
     activations: how x enters the product. "auto": as exactly as its dtype holds it (a CPU may multiply integers of 16 bits, 23 for
     float32, with a scale for every 64 values of a row). The others are faster and rounded: "int16" with a scale for every 64 values (6e-5
     of x), "int8" likewise (6e-3 to 2e-2 of x), "int8_token" with one scale for a row, as
-    SmoothQuant wants it (9e-3 where x is smooth, far more where a few channels are large). The gradient is that of the exact product.
+    SmoothQuant wants it (9e-3 where x is smooth, far more where a few channels are large). A GPU multiplies "auto" and "int16" as x is. The gradient is that of the exact product.
     A value of x that isn't finite makes its row NaN, or infinite where x is multiplied as it is.
     Returns [..., N] in x's dtype. Raises ValueError for other bits, shapes, dtypes or activations, and under transforms of torch.func and
     forward-mode differentiation, which would lose the gradient silently.

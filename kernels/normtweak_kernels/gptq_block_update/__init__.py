@@ -15,8 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import packing, registry
+from .. import gpu, packing, registry
 from . import cpp_kernel, reference  # noqa: F401  (they register their bodies)
+
+registry.register_lazily("gptq_block_update", "triton", f"{__name__}.triton_kernel", gpu.refuses)
 
 torch.library.define(
     "normtweak::gptq_block_update",

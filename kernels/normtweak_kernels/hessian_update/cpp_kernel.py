@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import native, registry
 from ..launch import HESSIAN_UPDATE_CPU
-from .reference import matmul_precision
+from ..precision import matmul_precision
 
 
 @registry.register("hessian_update", "cpp", native.refuses)

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from .. import registry
-
-
-@contextmanager
-def matmul_precision(name: str) -> Iterator[None]:
-    """torch's precision of float32 products, for a while."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+from ..precision import matmul_precision
 
 
 @registry.register("hessian_update", "reference")

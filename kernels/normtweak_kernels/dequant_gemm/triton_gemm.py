@@ -1,0 +1,381 @@
+"""dequant_gemm on the tensor cores of GPUs: forward, backward in x, and with activations of 8 bits.
+
+The weight is the first operand of every product, y^T = W x^T: of the first operand alone Hopper's tensor cores (wgmma) read registers, and so
+codes go from packed words to the product without a way through shared memory. Programs that share a sum over K write partial sums, which a
+second kernel adds up: the same result every time, with nothing to be zeroed or locked, which sums by atomics wouldn't give.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import DequantGemmGpu
+
+
+@triton.jit
+def _tile(m_blocks, n_blocks, GROUP_M: tl.constexpr):
+    """Of the program's number its block of M and of N: GROUP_M blocks of M run side by side, so that caches hold what they share."""
+    pid = tl.program_id(0)
+    first = pid // (GROUP_M * n_blocks) * GROUP_M
+    rows = tl.minimum(m_blocks - first, GROUP_M)
+    inside = pid % (GROUP_M * n_blocks)
+    return first + inside % rows, inside // rows
+
+
+@triton.jit
+def _as_loaded(values, ptr, K):
+    """values, as a load that reads nothing gives them.
+
+    The compiler lays words out as the tensor cores want codes only where it can trace codes back to loads and uniform constants. Shifts
+    computed from tl.arange would stop it, and every code would pass through shared memory.
+    """
+    return tl.load(ptr + values, mask=values < -K, other=values)
+
+
+@triton.jit
+def _shifts(ptr, K, BITS: tl.constexpr):
+    """Where in a word the k-th of its codes lies: k = 4r + j is field r of byte j (packing.py); of 3 bits, the low two."""
+    FIELD: tl.constexpr = 2 if BITS == 3 else BITS
+    k = tl.arange(0, 32 // FIELD)
+    return _as_loaded(8 * (k % 4) + FIELD * (k // 4), ptr, K)
+
+
+@triton.jit
+def _high_shifts(ptr, K):
+    """Where the high bit of the k-th code of 3 bits lies in the third word of its chunk."""
+    k = tl.arange(0, 32)
+    return _as_loaded(8 * (k % 4) + k // 4, ptr, K)
+
+
+@triton.jit
+def _words(ptr, rows, row_mask, offs_w, left, EVEN_K: tl.constexpr):
+    """A tile of packed words; `left` words of each panel lie before the end of K."""
+    mask = row_mask[:, None]
+    if not EVEN_K:
+        mask = mask & (offs_w < left)[None, :]
+    return tl.load(ptr + (rows[:, None] + offs_w[None, :] * 16), mask=mask, other=0)
+
+
+@triton.jit
+def _codes(
+    qweight_ptr, rows, row_mask, k, K, shift, high_shift, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr
+):
+    """Codes [BLOCK_N, BLOCK_K] from k on, a multiple of 32, in the low BITS of int32; what lies above them is undefined."""
+    ptr = qweight_ptr + k // 32 * (BITS * 16)
+    left = (tl.cdiv(K, 32) - k // 32) * BITS
+    if BITS == 3:
+        i = tl.arange(0, BLOCK_K // 16)
+        low = _words(ptr, rows, row_mask, i // 2 * 3 + i % 2, left, EVEN_K)
+        high = _words(ptr, rows, row_mask, tl.arange(0, BLOCK_K // 32) * 3 + 2, left, EVEN_K)
+        low = tl.reshape(low[:, :, None] >> shift[None, None, :], [BLOCK_N, BLOCK_K])
+        high = tl.reshape(high[:, :, None] >> high_shift[None, None, :], [BLOCK_N, BLOCK_K])
+        return (low & 3) | ((high & 1) << 2)
+    else:
+        words = _words(ptr, rows, row_mask, tl.arange(0, BLOCK_K * BITS // 32), left, EVEN_K)
+        return tl.reshape(words[:, :, None] >> shift[None, None, :], [BLOCK_N, BLOCK_K])
+
+
+@triton.jit
+def _biased(codes, BITS: tl.constexpr, dtype: tl.constexpr):
+    """A power of two plus each code, exactly, made by setting bits: conversions run at a quarter of the rate or less."""
+    MASK: tl.constexpr = (1 << BITS) - 1
+    if dtype == tl.float16:
+        return ((codes.to(tl.uint16) & MASK) | 0x6400).to(tl.float16, bitcast=True)
+    elif dtype == tl.bfloat16:
+        return ((codes.to(tl.uint16) & MASK) | 0x4300).to(tl.bfloat16, bitcast=True)
+    else:
+        return ((codes.to(tl.int32) & MASK) | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _weights(codes, zeros, scales, BITS: tl.constexpr, dtype: tl.constexpr):
+    """code - zero, exactly, times the scale where there is one, rounded once; codes, zeros and scales broadcast against each other."""
+    WIDE: tl.constexpr = dtype == tl.bfloat16 and (BITS == 8 or scales is not None)
+    between: tl.constexpr = tl.float32 if WIDE else dtype
+    if zeros is None:
+        BIAS: tl.constexpr = 1024.0 if between == tl.float16 else 128.0 if between == tl.bfloat16 else 8388608.0
+        weights = _biased(codes, BITS, between) - (BIAS + (1 << (BITS - 1)))
+    else:
+        weights = _biased(codes, BITS, between) - _biased(zeros, BITS, between)
+    if scales is not None:
+        if scales.dtype == dtype:
+            weights = weights * scales
+        else:
+            weights = weights.to(tl.float32) * scales.to(tl.float32)
+    return weights.to(dtype)
+
+
+@triton.jit
+def _int8(codes, zeros, BITS: tl.constexpr):
+    """code - zero as int8; of 8 bits always code - 128, as code - zero needs 9."""
+    MASK: tl.constexpr = (1 << BITS) - 1
+    if zeros is None or BITS == 8:
+        return ((codes & MASK) - (1 << (BITS - 1))).to(tl.int8)
+    else:
+        return ((codes & MASK) - zeros.to(tl.int32)).to(tl.int8)
+
+
+@triton.jit
+def _parameters(
+    ptr, k, n, K, N, qweight_ptr, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Scales or zeros, of BITS each, of BLOCK_N rows from n and BLOCK_K columns from k on: [BLOCK_N, 1], of several groups [BLOCK_N, BLOCK_K].
+
+    Where they come as int64 each holds 64 / BITS of them: one by one they would be too small for the asynchronous copies that bring the rest.
+    """
+    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE if 0 < GROUP_SIZE and GROUP_SIZE < BLOCK_K else 1
+    PER: tl.constexpr = 64 // BITS if ptr.dtype.element_ty == tl.int64 else 1
+    groups = (k // GROUP_SIZE if GROUP_SIZE > 0 else 0) + tl.arange(0, GROUPS)
+    offs = n // PER + tl.arange(0, BLOCK_N // PER)
+    mask = (offs < N // PER)[:, None] & (groups * GROUP_SIZE < K)[None, :]
+    values = tl.load(ptr + (groups.to(tl.int64)[None, :] * (N // PER) + offs[:, None]), mask=mask, other=0)
+    if PER > 1:
+        shift = _as_loaded(tl.arange(0, PER) * BITS, qweight_ptr, K).to(tl.int64)
+        values = tl.reshape(values[:, None, :] >> shift[None, :, None], [BLOCK_N, GROUPS])
+        if BITS == 8:
+            values = (values & 255).to(tl.int16)
+        elif BITS == 16:
+            values = values.to(tl.int16).to(tl.float16, bitcast=True)
+        else:
+            values = values.to(tl.int32).to(tl.float32, bitcast=True)
+    if GROUPS > 1:
+        values = tl.reshape(tl.broadcast_to(values[:, :, None], [BLOCK_N, GROUPS, GROUP_SIZE]), [BLOCK_N, BLOCK_K])
+    return values
+
+
+@triton.jit(do_not_specialize=["M"])
+def dequant_gemm_fwd_kernel(
+    x_ptr, qweight_ptr, scales_ptr, zeros_ptr, bias_ptr, x_scale_ptr, y_ptr, M, N, K,
+    BITS: tl.constexpr, SCALE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] = x @ dequant(W)^T + bias, or with SPLIT_K > 1 its partial sums [SPLIT_K, M, N] without bias.
+
+    GROUP_SIZE 0: a scale per channel. x int8: x_scale [M] is its rows' scale. EVEN_K: BLOCK_K divides K.
+    """
+    pid_m, pid_n = _tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    pid_k = tl.program_id(1)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    INTEGER: tl.constexpr = dtype == tl.int8
+    # Two products a step: the compiler then gives all warps rows of W, and no code is unpacked twice.
+    HALF: tl.constexpr = BLOCK_K // 2
+    # What is the fewer multiplications: of the weights, or of the products of a group.
+    SCALE_WEIGHTS: tl.constexpr = GROUP_SIZE > 0 and not INTEGER and BLOCK_M > HALF
+    SCALE_PRODUCTS: tl.constexpr = GROUP_SIZE > 0 and not SCALE_WEIGHTS
+    # Of 8 bits the product of int8 has code - 128; the rest is (128 - zero) times the sum of x.
+    REMAINDER: tl.constexpr = INTEGER and BITS == 8 and zeros_ptr is not None
+
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    first_n = pid_n * BLOCK_N
+    mask_m, mask_n = pid_m * BLOCK_M + offs_m < M, first_n + offs_n < N
+    rows_left = tl.cdiv(N, 16) * 16 - first_n
+    panel = tl.cdiv(K, 32) * (BITS * 16)
+    x_ptr += pid_m.to(tl.int64) * BLOCK_M * K
+    qweight_ptr += pid_n.to(tl.int64) * (BLOCK_N // 16) * panel
+    offs_x = offs_m[None, :] * K + tl.arange(0, HALF)[:, None]
+    rows = offs_n // 16 * panel + offs_n % 16
+    shift, high_shift = _shifts(qweight_ptr, K, BITS), _high_shifts(qweight_ptr, K)
+
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if INTEGER and GROUP_SIZE == 0 else tl.float32)
+    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
+    for step in range(pid_k * steps, tl.minimum((pid_k + 1) * steps, tl.cdiv(K, BLOCK_K))):
+        for half in tl.static_range(2):
+            k = step * BLOCK_K + half * HALF
+            mask_x = mask_m[None, :]
+            if not EVEN_K:
+                mask_x = mask_x & (k + tl.arange(0, HALF) < K)[:, None]
+            x = tl.load(x_ptr + k + offs_x, mask=mask_x, other=0)
+            codes = _codes(qweight_ptr, rows, offs_n < rows_left, k, K, shift, high_shift, BITS, BLOCK_N, HALF, EVEN_K)
+            zeros, scales = None, None
+            if zeros_ptr is not None:
+                zeros = _parameters(zeros_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, HALF)
+            if GROUP_SIZE > 0:
+                scales = _parameters(scales_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF)
+            if INTEGER:
+                w = _int8(codes, zeros, BITS)
+            else:
+                w = _weights(codes, zeros, scales if SCALE_WEIGHTS else None, BITS, dtype)
+            if SCALE_PRODUCTS:
+                product = tl.dot(w, x, out_dtype=tl.int32 if INTEGER else tl.float32)
+                if REMAINDER:
+                    product += (128 - zeros.to(tl.int32)) * tl.sum(x.to(tl.int32), 0)[None, :]
+                acc += product.to(tl.float32) * scales.to(tl.float32)
+            else:
+                acc = tl.dot(w, x, acc, out_dtype=tl.int32 if INTEGER else tl.float32)
+                if REMAINDER:
+                    acc += (128 - zeros.to(tl.int32)) * tl.sum(x.to(tl.int32), 0)[None, :]
+
+    y = acc.to(tl.float32)
+    if GROUP_SIZE == 0:
+        y *= _parameters(scales_ptr, 0, first_n, K, N, qweight_ptr, 0, SCALE_BITS, BLOCK_N, BLOCK_K).to(tl.float32)
+    if INTEGER:
+        y *= tl.load(x_scale_ptr + pid_m * BLOCK_M + offs_m, mask=mask_m, other=0)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + first_n + offs_n, mask=mask_n, other=0).to(tl.float32)[:, None]
+    y_ptr += (pid_k.to(tl.int64) * M + pid_m * BLOCK_M) * N + first_n
+    tl.store(y_ptr + (offs_m[None, :] * N + offs_n[:, None]), y.to(y_ptr.dtype.element_ty), mask=mask_m[None, :] & mask_n[:, None])
+
+
+@triton.jit(do_not_specialize=["size"])
+def dequant_gemm_sum_kernel(partial_ptr, bias_ptr, y_ptr, size, N, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):
+    """y = the sum over the first dimension of partial [SPLIT_K, size] + bias, where size = M N."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    y = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(SPLIT_K):
+        y += tl.load(partial_ptr + part * size.to(tl.int64) + offs, mask=mask, other=0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs % N, mask=mask, other=0).to(tl.float32)
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def dequant_gemm_bwd_kernel(
+    grad_ptr, qweight_ptr, scales_ptr, zeros_ptr, grad_x_ptr, M, N, K,
+    BITS: tl.constexpr, SCALE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """grad_x [M, K] = grad [M, N] @ dequant(W). GROUP_SIZE 0: a scale per channel. EVEN_N: BLOCK_N divides N."""
+    pid_m, pid_k = _tile(tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
+    HALF: tl.constexpr = BLOCK_N // 2
+    first_k = pid_k * BLOCK_K
+    offs_m, offs_k, offs_h = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, HALF)
+    mask_m = pid_m * BLOCK_M + offs_m < M
+    panel = tl.cdiv(K, 32) * (BITS * 16)
+    grad_ptr += pid_m.to(tl.int64) * BLOCK_M * N
+    offs_g = offs_m[None, :] * N + offs_h[:, None]
+    rows = offs_h // 16 * panel + offs_h % 16
+    shift, high_shift = _shifts(qweight_ptr, K, BITS), _high_shifts(qweight_ptr, K)
+
+    acc = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
+    for step in range(0, tl.cdiv(N, BLOCK_N)):
+        for half in tl.static_range(2):
+            n = step * BLOCK_N + half * HALF
+            mask_n = n + offs_h < N
+            mask_g = mask_m[None, :]
+            if not EVEN_N:
+                mask_g = mask_g & mask_n[:, None]
+            grad = tl.load(grad_ptr + n + offs_g, mask=mask_g, other=0)
+            words = qweight_ptr + (n // 16).to(tl.int64) * panel
+            inside = n + offs_h < tl.cdiv(N, 16) * 16
+            codes = _codes(words, rows, inside, first_k, K, shift, high_shift, BITS, HALF, BLOCK_K, False)
+            zeros = None
+            if zeros_ptr is not None:
+                zeros = _parameters(zeros_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, 8, HALF, BLOCK_K)
+            scales = _parameters(scales_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, HALF, BLOCK_K)
+            w = _weights(codes, zeros, scales, BITS, dtype)
+            acc = tl.dot(tl.trans(w), grad, acc)
+
+    grad_x_ptr += pid_m.to(tl.int64) * BLOCK_M * K + first_k
+    mask = mask_m[None, :] & (first_k + offs_k < K)[:, None]
+    tl.store(grad_x_ptr + (offs_m[None, :] * K + offs_k[:, None]), acc.to(dtype), mask=mask)
+
+
+@triton.jit
+def quantize_tokens_kernel(x_ptr, x_int8_ptr, scale_ptr, K, BLOCK: tl.constexpr):
+    """A row of x in int8, and its scale: the largest magnitude / 127, NaN where a value isn't finite."""
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK)
+    largest, spoilt = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for k in range(0, K, BLOCK):
+        x = tl.load(x_ptr + row * K + k + offs, mask=k + offs < K, other=0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
+        spoilt += x * 0.0  # NaN where x isn't finite
+    scale = tl.div_rn(tl.max(largest, 0), 127.0) + tl.sum(spoilt, 0)
+    tl.store(scale_ptr + row, scale)
+    for k in range(0, K, BLOCK):
+        x = tl.load(x_ptr + row * K + k + offs, mask=k + offs < K, other=0).to(tl.float32)
+        # Below, float32 has no precision left (reference.quantize_activations). Adding 1.5 * 2^23 rounds to the nearest integer, halves to even.
+        steps = tl.where(scale > 1.1754943508222875e-38, tl.div_rn(x, scale), 0.0)
+        rounded = (steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+        tl.store(x_int8_ptr + row * K + k + offs, rounded.to(tl.int8), mask=k + offs < K)
+
+
+def _group_size(k: int, groups: int) -> int:
+    return 0 if groups == 1 else k // groups
+
+
+def _in_words(parameters: Tensor | None) -> Tensor | None:
+    """The scales or zeros [G, N] as int64, 2, 4 or 8 to each, where N and the address allow it."""
+    if parameters is None or parameters.shape[1] * parameters.itemsize % 8 or parameters.data_ptr() % 8:
+        return parameters
+    return parameters.view(torch.int64)
+
+
+def _divisor(block: int, size: int) -> int:
+    """The largest power of two that divides `size`, and at most `block`; `block` for size 0."""
+    return min(block, size & -size) if size else block
+
+
+def _multiply(
+    x: Tensor, x_scale: Tensor | None, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
+    bits: int, config: DequantGemmGpu, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    m, k, (groups, n) = *x.shape, scales.shape
+    group_size = _group_size(k, groups)
+    block_k = 2 * _divisor(config.block_k // 2, group_size)
+    split_k = min(config.split_k, triton.cdiv(k, block_k))
+    y = x.new_empty((m, n), dtype=dtype)
+    out = y if split_k == 1 else x.new_empty((split_k, m, n), dtype=torch.float32)
+    blocks = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    dequant_gemm_fwd_kernel[(blocks, split_k)](
+        x, qweight, _in_words(scales), _in_words(zeros), bias if split_k == 1 else None, x_scale, out, m, n, k,
+        BITS=bits, SCALE_BITS=8 * scales.itemsize, GROUP_SIZE=group_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, SPLIT_K=split_k,
+        GROUP_M=config.group_m, EVEN_K=k % block_k == 0, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if split_k > 1:
+        grid = (triton.cdiv(m * n, SUM_BLOCK),)
+        dequant_gemm_sum_kernel[grid](out, bias, y, m * n, n, SPLIT_K=split_k, BLOCK=SUM_BLOCK, num_warps=4, enable_fp_fusion=True)
+    return y
+
+
+# Values that a program of the sum over splits writes: 4 a thread, 16 bytes of float32, so that a warp reads whole sectors.
+SUM_BLOCK = 512
+# Values of a row that are quantized at once: 8 a thread.
+QUANTIZE_BLOCK = 2048
+
+
+def gemm(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, config: DequantGemmGpu) -> Tensor:
+    """x @ dequant(W)^T + bias: x float16 or bfloat16 [M, K], contiguous like all others; the rest as `dequant_gemm`. Returns [M, N]."""
+    return _multiply(x, None, qweight, scales, zeros, bias, bits, config, x.dtype)
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> (int8 [M, K], scale float32 [M]), x ~ int8 * scale, by `reference.quantize_activations`' rule for "int8_token"."""
+    m, k = x.shape
+    x_int8, scale = x.new_empty((m, k), dtype=torch.int8), x.new_empty(m, dtype=torch.float32)
+    quantize_tokens_kernel[(m,)](x, x_int8, scale, k, BLOCK=QUANTIZE_BLOCK, num_warps=8, enable_fp_fusion=True)
+    return x_int8, scale
+
+
+def gemm_int8(
+    x: Tensor, x_scale: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
+    bits: int, config: DequantGemmGpu, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """(x * x_scale) @ dequant(W)^T + bias: x int8 [M, K], x_scale float32 [M]; sums of integers, exact within a group. Returns dtype [M, N].
+
+    Raises ValueError where sums over one group may overflow int32.
+    """
+    if bits == 8 and scales.shape[0] == 1 and x.shape[1] > 2**16:
+        raise ValueError(f"gemm_int8: K must be at most 65536 for 8 bits and one group, got {x.shape[1]}")
+    return _multiply(x, x_scale, qweight, scales, zeros, bias, bits, config, dtype)
+
+
+def grad_x(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, k: int, config: DequantGemmGpu) -> Tensor:
+    """grad @ dequant(W): grad float16 or bfloat16 [M, N], contiguous. Returns [M, k]."""
+    m, n = grad.shape
+    group_size = _group_size(k, scales.shape[0])
+    # A group whose size isn't a power of two isn't cut evenly by a block of several.
+    block_k = config.block_k if group_size and config.block_k % group_size == 0 else _divisor(config.block_k, group_size)
+    y = grad.new_empty((m, k))
+    blocks = triton.cdiv(m, config.block_m) * triton.cdiv(k, block_k)
+    dequant_gemm_bwd_kernel[(blocks,)](
+        grad, qweight, _in_words(scales), _in_words(zeros), y, m, n, k,
+        BITS=bits, SCALE_BITS=8 * scales.itemsize, GROUP_SIZE=group_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k,
+        GROUP_M=config.group_m, EVEN_N=n % config.block_n == 0, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,208 @@
+"""dequant_gemm on a GPU for up to 8 rows of x: bound by reading the weight, each word of which is read once, in 16-byte loads.
+
+A program computes 16 columns of y over the whole of K. Four neighbouring threads hold the 16 lanes of a word row, four each; the rows of
+threads take half a chunk of 32 codes each, in two runs of eight (k = 16p + 8h + 0..7 for the half h and the run p), so that the rows of a chunk
+read neighbouring words and neighbouring values of x. There is no product of the tensor cores, and no shared memory before the last sum.
+
+The sum over K is split among the threads of a program, not among programs: the layout gives N/16 programs, enough to fill a GPU from
+N = 2048 on. Below that the whole weight takes a microsecond or two, no longer than the second launch that adding up parts of
+different programs would cost. The order of the sum is fixed, so that the result is the same in every run.
+
+A code is turned into the float32 v = 1 + code / 2**bits by writing it into a float16's mantissa, two codes at a time, and
+    sum x (code - zero) scale = scale (2**bits sum x v - (2**bits + zero) sum x)
+is corrected once for the codes that share a scale.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import packing
+from ..launch import DequantGemvGpu
+
+MAX_ROWS = 8
+# Lanes of a wavefront, what AMD's data-centre GPUs have in place of a warp of 32.
+WAVEFRONT = 64
+
+
+@triton.jit
+def _pair(word, POSITION: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr):
+    """The BITS bits from POSITION on, of either half of a word, moved to end below bit TOP of that half."""
+    SHIFT: tl.constexpr = POSITION - (TOP - BITS)
+    MASK: tl.constexpr = ((1 << BITS) - 1) << (TOP - BITS)
+    moved = word >> SHIFT if SHIFT >= 0 else word << -SHIFT
+    return moved & (MASK | MASK << 16)
+
+
+@triton.jit
+def _codes(low, high, ROW: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constexpr):
+    """Codes k = 4 ROW + BYTE and k + 2, as 1 + code / 2**BITS in float32: the code is the start of the mantissa of a float16 in [1, 2)."""
+    if BITS == 3:
+        pair = _pair(low, 8 * BYTE + 2 * ROW, 2, 9) | _pair(high, 8 * BYTE + ROW, 1, 10)
+    elif BITS == 8:
+        pair = _pair(low if ROW == 0 else high, 8 * BYTE, 8, 10)
+    else:
+        pair = _pair(low, 8 * BYTE + BITS * ROW, BITS, 10)
+    pair |= 0x3C003C00
+    first = pair.to(tl.int16).to(tl.float16, bitcast=True)
+    second = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def _words(weight_ptrs, chunk, half, RUN: tl.constexpr, BITS: tl.constexpr):
+    """The words of a run of eight codes of a chunk's half, shifted so that no position in them depends on the half."""
+    if BITS == 8:
+        low = tl.load(weight_ptrs + ((chunk * 8 + 4 * RUN + 2 * half) * 16)[:, None, None])
+        high = tl.load(weight_ptrs + ((chunk * 8 + 4 * RUN + 2 * half + 1) * 16)[:, None, None])
+    elif BITS == 4:
+        low = tl.load(weight_ptrs + ((chunk * 4 + 2 * RUN + half) * 16)[:, None, None])
+        high = low
+    else:
+        low = tl.load(weight_ptrs + ((chunk * BITS + RUN) * 16)[:, None, None]) >> (4 * half)[:, None, None]
+        high = low
+        if BITS == 3:
+            high = tl.load(weight_ptrs + ((chunk * 3 + 2) * 16)[:, None, None]) >> (4 * RUN + 2 * half)[:, None, None]
+    return low, high
+
+
+@triton.jit
+def _accumulate(acc, low, high, x_first, x_second, ROW: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constexpr, CENTRE: tl.constexpr):
+    first, second = _codes(low, high, ROW, BYTE, BITS)
+    if CENTRE != 0.0:
+        first -= CENTRE
+        second -= CENTRE
+    acc += first[None] * x_first[:, :, :, None]
+    return acc + second[None] * x_second[:, :, :, None]
+
+
+@triton.jit
+def _columns(x):
+    """The eight values along the last axis, each by itself."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 4, 4, 2]))
+    k04, k26 = tl.split(tl.reshape(even, [x.shape[0], x.shape[1], 4, 2, 2]))
+    k15, k37 = tl.split(tl.reshape(odd, [x.shape[0], x.shape[1], 4, 2, 2]))
+    k0, k4 = tl.split(k04)
+    k1, k5 = tl.split(k15)
+    k2, k6 = tl.split(k26)
+    k3, k7 = tl.split(k37)
+    return k0, k1, k2, k3, k4, k5, k6, k7
+
+
+@triton.jit
+def dequant_gemv_fwd_kernel(
+    x_ptr,
+    qweight_ptr,
+    scales_ptr,
+    zeros_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    GROUP_CHUNKS: tl.constexpr,
+    TAIL: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    THREAD_ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CENTRE: tl.constexpr,
+):
+    """y [M, N] = x [M, K] @ dequant(W)^T + bias; program i computes columns 16i to 16i + 15.
+
+    GROUP_CHUNKS: chunks of a group, 0 for one group. TAIL: K ends within a chunk. THREAD_ROWS: four threads each, two share a chunk. CHUNKS, a
+    divisor of GROUP_CHUNKS (of all chunks for one group): chunks unpacked between two scalings. CENTRE: what is subtracted from v first.
+    """
+    tile = tl.program_id(0)
+    chunks = tl.cdiv(K, 32)
+    offs_r = tl.arange(0, THREAD_ROWS)
+    half = offs_r % 2
+    lane = tl.arange(0, 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    offs_n = tile * 16 + lane
+    mask_n = offs_n < N
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_k = (8 * half)[:, None, None] + tl.zeros([4], tl.int32)[None, :, None] + tl.arange(0, 8)[None, None, :]
+    weight_ptrs = qweight_ptr + tile.to(tl.int64) * chunks * (BITS * 16) + lane[None]
+    # Rows past the last one repeat it, and what they sum is not stored; so do chunks, and their scales are zero. No load waits for a mask.
+    x_ptrs = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None, None, None] * K + offs_k[None]
+
+    acc = tl.zeros([BLOCK_M, THREAD_ROWS, 4, 4], tl.float32)
+    for start in range(0, chunks, THREAD_ROWS // 2 * CHUNKS):
+        first = start + offs_r // 2 * CHUNKS
+        inside = first < chunks
+        first = tl.minimum(first, chunks - CHUNKS)
+        part = tl.zeros([BLOCK_M, THREAD_ROWS, 4, 4], tl.float32)
+        x_sum = tl.zeros([BLOCK_M, THREAD_ROWS, 4], tl.float32)
+        for step in tl.static_range(2 * CHUNKS):
+            chunk, run = first + step // 2, step % 2
+            low, high = _words(weight_ptrs, chunk, half, run, BITS)
+            at_k = (chunk * 32 + 16 * run)[:, None, None]
+            if TAIL:
+                x = tl.load(x_ptrs + at_k[None], mask=(at_k + offs_k < K)[None], other=0.0).to(tl.float32)
+            else:
+                x = tl.load(x_ptrs + at_k[None]).to(tl.float32)
+            x_sum += tl.sum(x, 3)
+            k0, k1, k2, k3, k4, k5, k6, k7 = _columns(x)
+            part = _accumulate(part, low, high, k0, k2, 0, 0, BITS, CENTRE)
+            part = _accumulate(part, low, high, k1, k3, 0, 1, BITS, CENTRE)
+            part = _accumulate(part, low, high, k4, k6, 1, 0, BITS, CENTRE)
+            part = _accumulate(part, low, high, k5, k7, 1, 1, BITS, CENTRE)
+        group = first // GROUP_CHUNKS if GROUP_CHUNKS else first * 0
+        at = group[:, None, None] * N + offs_n[None]
+        mask = inside[:, None, None] & mask_n[None]
+        scale = tl.load(scales_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if zeros_ptr is None:
+            offset = scale * ((1.5 - CENTRE) * 2.0**BITS)
+        else:
+            offset = scale * (tl.load(zeros_ptr + at, mask=mask, other=0).to(tl.float32) + (1.0 - CENTRE) * 2.0**BITS)
+        acc += part * (scale * 2.0**BITS)[None] - x_sum[:, :, :, None] * offset[None]
+    y = tl.sum(acc, 1)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None]
+    at = offs_m[:, None, None] * N + offs_n[None]
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None, None] & mask_n[None])
+
+
+def gemv(
+    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, config: DequantGemvGpu, dtype: torch.dtype
+) -> Tensor:
+    """x [M, K] @ dequant(W)^T + bias for M of at most 8, in `dtype`, [M, N].
+
+    x and bias float16, bfloat16 or float32, scales [G, N] float16 or float32 with one group or groups of a multiple of 32, zeros uint8 [G, N] or
+    None; all contiguous, and neither empty.
+    """
+    (m, k), (groups, n) = x.shape, scales.shape
+    chunks = -(-k // packing.CHUNK)
+    group_chunks = 0 if groups == 1 else k // groups // packing.CHUNK
+    per_thread = math.gcd(config.chunks, group_chunks or chunks)
+    rows_per_warp = WAVEFRONT // 4 if torch.version.hip else 8
+    # A program's threads are no more than there are chunks for.
+    num_warps = min(config.num_warps, triton.next_power_of_2(triton.cdiv(2 * chunks, rows_per_warp * per_thread)))
+    y = torch.empty(m, n, dtype=dtype, device=x.device)
+    dequant_gemv_fwd_kernel[(qweight.shape[0],)](
+        x,
+        qweight,
+        scales,
+        zeros,
+        bias,
+        y,
+        m,
+        n,
+        k,
+        GROUP_CHUNKS=group_chunks,
+        TAIL=k % packing.CHUNK != 0,
+        BITS=bits,
+        BLOCK_M=triton.next_power_of_2(m),
+        THREAD_ROWS=rows_per_warp * num_warps,
+        CHUNKS=per_thread,
+        # Of float32 all bits count: with v - 1.5 in v's place little cancels, for one more instruction a code.
+        CENTRE=1.5 if x.dtype == torch.float32 else 0.0,
+        num_warps=num_warps,
+        enable_fp_fusion=True,
+    )
+    return y
