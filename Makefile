@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.normtweak-setup-$(if $(shell command -v $${CXX:-c++}),native,plain)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow sanitize cross lint format types bench bench-peers wheel clean
+.PHONY: help setup demo test slow sanitize cross lint format types bench bench-peers gpu wheel clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 12
@@ -94,6 +94,9 @@ format: $(STAMP) ## put the code in shape
 
 bench: $(STAMP)  ## the kernels' benchmarks
 	@$(BIN)/python benchmarks/run.py
+
+gpu: $(STAMP)    ## the GPU tests, then the GPU benchmarks beside dense torch and the peers that are installed
+	@$(BIN)/python benchmarks/gpu.py
 
 PEERS := .venv-peers
 bench-peers: $(STAMP)  ## our packed product beside its peers', which are installed into .venv-peers

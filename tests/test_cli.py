@@ -10,6 +10,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
+import torch
 from rich.console import Console
 
 from normtweak import cli
@@ -65,6 +66,26 @@ def test_eval(packed, small_model, tmp_path):
     assert scores["perplexity"] > 1
     assert 0 < scores["kl"] < 1
     assert 0 < scores["top1_agreement"] <= 1
+
+
+def test_warming_without_a_gpu_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, err = in_process("bench", "--warm")
+    assert (code, out) == (2, "")
+    assert err == "normtweak: bench: warm must be called on a machine with a GPU for Triton's kernels, got no GPU\n"
+    assert in_process("bench")[2] == "normtweak: bench: warm must be asked for with --warm, got nothing to do\n"
+
+
+def test_warming_takes_each_shape_of_a_checkpoint_once(packed, small_model):
+    from normtweak import warm
+
+    found = warm.shapes(packed[0])
+    assert found == sorted(set(found))
+    assert {(bits, k // groups, symmetric) for _, k, bits, groups, symmetric in found} == {(4, 32, True)}
+    hidden = json.loads((packed[0] / "config.json").read_text())["hidden_size"]
+    assert (hidden, hidden) in {(n, k) for n, k, *_ in found}
+    with pytest.raises(ValueError, match="bench: model must be a packed GPTQ checkpoint of 2, 3, 4 or 8 bits, got"):
+        warm.shapes(small_model)
 
 
 def test_generate_in_another_precision(packed):

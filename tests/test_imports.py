@@ -17,7 +17,7 @@ FLOORS = [
     {"cli"},
     {"demo"},
     {"pipeline"},
-    {"loop", "polish", "evaluate", "integrations", "describe"},
+    {"loop", "polish", "evaluate", "integrations", "describe", "warm"},
     {"models", "text"},
     {"quantizers", "calibration", "checkpoint"},
     {"losses", "families", "norms", "activations", "linear"},

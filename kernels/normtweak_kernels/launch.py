@@ -102,8 +102,8 @@ class DequantGemmGpuLists:
     """
 
     multiprocessors: int
-    # Up to so many rows the kernel without tensor cores runs. A product of theirs takes 16 rows as long as one; without them each row
-    # costs instructions, of which a processor has as many to spare as its memory is slow.
+    # Up to so many rows the kernel without tensor cores runs, and up to twice as many tuning tries it. A product of theirs takes 16 rows as
+    # long as one; without them each row costs instructions, of which a processor has as many to spare as its memory is slow.
     gemv_max_rows: int
     gemv: tuple[DequantGemvGpu, ...]
     # Up to 64 rows: bound by reading the weight, so that K is split until there are programs for all multiprocessors.
@@ -165,8 +165,8 @@ DEQUANT_GEMM_GPU = {
     "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=2),
     # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth.
     "sm_120": replace(_SM_86, multiprocessors=170, gemv_max_rows=4),
-    # MI300X: 64 KB of shared memory; a wavefront of 64 lanes does twice a warp's work.
-    "gfx942": replace(_SM_86, multiprocessors=304, gemv_max_rows=4),
+    # MI300X: 64 KB of shared memory; a wavefront of 64 lanes does twice a warp's work. Above 2 rows their sums spill out of the registers.
+    "gfx942": replace(_SM_86, multiprocessors=304, gemv_max_rows=1, gemv=tuple(DequantGemvGpu(num_warps=warps, chunks=2) for warps in (4, 2, 8))),
 }
 
 
@@ -225,9 +225,33 @@ class GptqBlockUpdateGpu:
 
     # A row's 128 columns are 4 registers in each of a warp's 32 lanes, its errors and codes 8 more.
     max_columns: int = 128
-    # A row per warp: the shortest way from one column to the next, and rows enough for every multiprocessor from N = 600 on.
-    block_rows: int = 4
-    num_warps: int = 4
+    # A row per warp: the shortest way from one column to the next, and rows enough for every multiprocessor from N = 1100 on.
+    block_rows: int = 8
+    num_warps: int = 8
 
 
 GPTQ_BLOCK_UPDATE_GPU = GptqBlockUpdateGpu()
+
+
+@dataclass(frozen=True)
+class HessianUpdateGpu:
+    """Tiles of hessian_update's Triton kernel: a square of channels, summed over a few tokens at a time. Not yet timed on a GPU."""
+
+    block_channels: int
+    block_tokens: int
+    # The three parts of float32 values are held in registers, which spill with 32 tokens.
+    block_tokens_float32: int
+    num_warps: int
+    num_stages: int
+
+
+# 64 sums a thread, as many registers again for the Hessian's tile at the end: with 4 warps they spill. Three stages are 96 KB on sm_90, the 64 KB
+# that gfx942 has, and 64 KB on sm_80.
+_HESSIAN_WIDE = HessianUpdateGpu(block_channels=128, block_tokens=64, block_tokens_float32=16, num_warps=8, num_stages=3)
+# Fewer channels than 2048 make fewer of those tiles than there are multiprocessors.
+_HESSIAN_NARROW = HessianUpdateGpu(block_channels=64, block_tokens=32, block_tokens_float32=16, num_warps=4, num_stages=4)
+
+
+def hessian_update_gpu(channels: int) -> HessianUpdateGpu:
+    """The tiles for a Hessian of so many channels."""
+    return _HESSIAN_WIDE if channels >= 2048 else _HESSIAN_NARROW

@@ -95,7 +95,10 @@ def microseconds(call: Callable[[], object], repeats: int = 20) -> float:
 
 
 def tune(
-    configs: Sequence[Config], run: Callable[[Config], object], does_not_fit: type[Exception], measure: Callable[[Callable[[], object]], float] = microseconds
+    configs: Sequence[Config],
+    run: Callable[[Config], object],
+    does_not_fit: type[Exception],
+    measure: Callable[[Callable[[], object]], float] = microseconds,
 ) -> tuple[Config, float]:
     """The fastest of the configurations, and its microseconds. Those for which `run` raises `does_not_fit` are left out; one must remain."""
     times: list[tuple[float, int]] = []

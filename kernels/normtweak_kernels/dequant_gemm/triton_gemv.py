@@ -25,8 +25,9 @@ from torch import Tensor
 from .. import packing
 from ..launch import DequantGemvGpu
 
-
 MAX_ROWS = 8
+# Lanes of a wavefront, what AMD's data-centre GPUs have in place of a warp of 32.
+WAVEFRONT = 64
 
 
 @triton.jit
@@ -73,8 +74,9 @@ def _words(weight_ptrs, chunk, half, RUN: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def _accumulate(acc, low, high, x_first, x_second, ROW: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constexpr, CENTRE: tl.constexpr):
     first, second = _codes(low, high, ROW, BYTE, BITS)
-    if CENTRE:
-        first, second = first - CENTRE, second - CENTRE
+    if CENTRE != 0.0:
+        first -= CENTRE
+        second -= CENTRE
     acc += first[None] * x_first[:, :, :, None]
     return acc + second[None] * x_second[:, :, :, None]
 
@@ -109,9 +111,13 @@ def dequant_gemv_fwd_kernel(
     BLOCK_M: tl.constexpr,
     THREAD_ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
+    CENTRE: tl.constexpr,
 ):
-    # Of float32 all bits count: with v - 1.5 in v's place little cancels, for one more instruction a code. 16 bits of x are lost long after those.
-    CENTRE: tl.constexpr = 1.5 if x_ptr.dtype.element_ty == tl.float32 else 0.0
+    """y [M, N] = x [M, K] @ dequant(W)^T + bias; program i computes columns 16i to 16i + 15.
+
+    GROUP_CHUNKS: chunks of a group, 0 for one group. TAIL: K ends within a chunk. THREAD_ROWS: four threads each, two share a chunk. CHUNKS, a
+    divisor of GROUP_CHUNKS (of all chunks for one group): chunks unpacked between two scalings. CENTRE: what is subtracted from v first.
+    """
     tile = tl.program_id(0)
     chunks = tl.cdiv(K, 32)
     offs_r = tl.arange(0, THREAD_ROWS)
@@ -174,8 +180,9 @@ def gemv(
     chunks = -(-k // packing.CHUNK)
     group_chunks = 0 if groups == 1 else k // groups // packing.CHUNK
     per_thread = math.gcd(config.chunks, group_chunks or chunks)
+    rows_per_warp = WAVEFRONT // 4 if torch.version.hip else 8
     # A program's threads are no more than there are chunks for.
-    num_warps = min(config.num_warps, triton.next_power_of_2(triton.cdiv(chunks, 4 * per_thread)))
+    num_warps = min(config.num_warps, triton.next_power_of_2(triton.cdiv(2 * chunks, rows_per_warp * per_thread)))
     y = torch.empty(m, n, dtype=dtype, device=x.device)
     dequant_gemv_fwd_kernel[(qweight.shape[0],)](
         x,
@@ -191,8 +198,10 @@ def gemv(
         TAIL=k % packing.CHUNK != 0,
         BITS=bits,
         BLOCK_M=triton.next_power_of_2(m),
-        THREAD_ROWS=8 * num_warps,
+        THREAD_ROWS=rows_per_warp * num_warps,
         CHUNKS=per_thread,
+        # Of float32 all bits count: with v - 1.5 in v's place little cancels, for one more instruction a code.
+        CENTRE=1.5 if x.dtype == torch.float32 else 0.0,
         num_warps=num_warps,
         enable_fp_fusion=True,
     )

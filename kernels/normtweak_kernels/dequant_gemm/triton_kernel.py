@@ -7,9 +7,8 @@ memory takes all the time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,21 +20,27 @@ from .reference import quantize_activations
 from .triton_gemm import gemm, gemm_int8, grad_x, quantize_tokens
 from .triton_gemv import MAX_ROWS, gemv
 
-Config = TypeVar("Config", DequantGemvGpu, DequantGemmGpu)
+Config = DequantGemvGpu | DequantGemmGpu
 # Rows up to which a product is bound by reading the weight on every GPU, and K is split.
 FEW_ROWS = 64
+# Products of two bytes whose sum surely fits into 32 bits.
+MAX_BYTE_SUM = 2**16
+# What `warm` times: decoding, batches, prompts.
+WARM_ROWS = tuple(2**i for i in range(13))
 
 
-def _group_size(scales: Tensor, k: int) -> str | None:
-    groups = scales.shape[0]
+def _group_size(k: int, groups: int) -> str | None:
     if groups > 1 and k // groups % packing.CHUNK:
-        return f"groups of {k // groups} columns, of which {packing.CHUNK} is no divisor, are computed by the reference only"
+        return f"the group size must be all of K or a multiple of {packing.CHUNK}, got {k // groups} of {k}"
     return None
 
 
 def _refuses(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, activations: str) -> str | None:
-    reason = gpu.refuses(x, qweight, scales, zeros, bias) or _group_size(scales, x.shape[-1])
-    if reason is None and x.dtype == torch.float32 and x.numel() > MAX_ROWS * x.shape[-1]:
+    reason = gpu.refuses(x, qweight, scales, zeros, bias) or _group_size(x.shape[-1], scales.shape[0])
+    few = x.numel() <= MAX_ROWS * x.shape[-1]
+    if reason is None and activations == "int8_token" and bits == 8 and scales.shape[0] == 1 and x.shape[-1] > MAX_BYTE_SUM and not few:
+        return f"sums of products of two bytes over more than {MAX_BYTE_SUM} columns overflow 32 bits"
+    if reason is None and x.dtype == torch.float32 and not few:
         return f"more than {MAX_ROWS} rows of float32 are computed by the reference only: tensor cores would round them"
     return reason
 
@@ -43,7 +48,7 @@ def _refuses(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, b
 def _refuses_backward(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, k: int) -> str | None:
     if grad.dtype == torch.float32:
         return "a gradient in float32 is computed by the reference only: tensor cores would round it"
-    return gpu.refuses(grad, qweight, scales, zeros) or _group_size(scales, k)
+    return gpu.refuses(grad, qweight, scales, zeros) or _group_size(k, scales.shape[0])
 
 
 def lists(device: torch.device) -> DequantGemmGpuLists:
@@ -52,31 +57,50 @@ def lists(device: torch.device) -> DequantGemmGpuLists:
 
 
 def _key(regime: str, m: int, n: int, k: int, bits: int, groups: int) -> str:
-    # Numbers of rows in one power of two share a choice.
-    return tuning.key("dequant_gemm", regime, M=1 << (m - 1).bit_length(), N=n, K=k, bits=bits, groups=groups)
+    # Numbers of rows in one power of two share a choice, and so do those beyond the last one that is tuned.
+    return tuning.key("dequant_gemm", regime, M=min(1 << (m - 1).bit_length(), WARM_ROWS[-1]), N=n, K=k, bits=bits, groups=groups)
 
 
-def _choose(configs: Sequence[Config], regime: str, m: int, n: int, k: int, bits: int, groups: int, device: torch.device) -> Config:
-    """What tuning found for this product, else the first of the list whose tile holds all rows, else the one with the tallest tile."""
+def candidates(available: DequantGemmGpuLists, m: int, dtype: torch.dtype, activations: str) -> tuple[str, tuple[Config, ...]]:
+    """The regime of a product with m rows of x, and what it may be launched with: the kind of a configuration says which kernel runs."""
+    if dtype == torch.float32:
+        return "float32", available.gemv
+    if activations == "int8_token" and m > MAX_ROWS:
+        return "int8", available.int8
+    if m <= available.gemv_max_rows:
+        return "fewest rows", (*available.gemv, *available.few_rows)
+    if m <= min(2 * available.gemv_max_rows, MAX_ROWS):
+        return "fewest rows", (*available.few_rows, *available.gemv)
+    return ("few rows", available.few_rows) if m <= FEW_ROWS else ("many rows", available.many_rows)
+
+
+def _choose(regime: str, configs: Sequence[Config], m: int, n: int, k: int, bits: int, groups: int, device: torch.device) -> Config:
+    """What tuning found for this product. Else of the first kernel's configurations the first whose tile holds all rows, or the tallest."""
     found = tuning.chosen(_key(regime, m, n, k, bits, groups), configs, device.index)
-    if found is not None:
-        return found
-    first = configs[0]
-    if isinstance(first, DequantGemvGpu):
-        return first
-    tiles = [config.block_m for config in configs]
-    height = min((tile for tile in tiles if tile >= m), default=max(tiles))
-    config = next(config for config in configs if config.block_m == height)
-    # No more parts of K than give every multiprocessor two programs.
-    programs = -(-m // config.block_m) * -(-n // config.block_n)
-    split_k = config.split_k
+    if found is not None or isinstance(configs[0], DequantGemvGpu):
+        return found or configs[0]
+    gemms = [config for config in configs if isinstance(config, DequantGemmGpu)]
+    height = min((config.block_m for config in gemms if config.block_m >= m), default=max(config.block_m for config in gemms))
+    config = next(config for config in gemms if config.block_m == height)
+    # No more parts of K than give every multiprocessor a few programs.
+    programs, split_k = -(-m // config.block_m) * -(-n // config.block_n), config.split_k
     while split_k > 1 and programs * split_k > 4 * lists(device).multiprocessors:
         split_k //= 2
     return replace(config, split_k=split_k)
 
 
-def _rounded(x: Tensor, groups: int, activations: str) -> Tensor:
-    return x if activations in ("auto", "int16") else quantize_activations(x, groups, activations)
+def _launch(
+    config: Config, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, activations: str
+) -> Tensor:
+    """x [M, K] and all others contiguous -> [M, N], by the kernel that the configuration is for."""
+    weight = qweight, scales, zeros, bias, bits
+    if activations == "int8_token" and x.shape[0] > MAX_ROWS and isinstance(config, DequantGemmGpu):
+        x_int8, x_scale = quantize_tokens(x)
+        return gemm_int8(x_int8, x_scale, *weight, config, x.dtype)
+    rounded = x if activations in ("auto", "int16") else quantize_activations(x, scales.shape[0], activations)
+    if isinstance(config, DequantGemvGpu):
+        return gemv(rounded, *weight, config, x.dtype)
+    return gemm(rounded.to(x.dtype), *weight, config)
 
 
 @registry.register("dequant_gemm", "triton", _refuses)
@@ -88,18 +112,28 @@ def dequant_gemm(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | Non
     if m == 0:
         return x.new_empty((*x.shape[:-1], n))
     weight = qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    available, shape = lists(x.device), (m, n, k, bits, groups, x.device)
+    config = _choose(*candidates(lists(x.device), m, x.dtype, activations), m, n, k, bits, groups, x.device)
     with gpu.on_device_of(x):
-        if m <= available.gemv_max_rows or x.dtype == torch.float32:
-            config = _choose(available.gemv, "gemv", *shape)
-            y = gemv(_rounded(rows, groups, activations), *weight, bias, bits, config, x.dtype)
-        elif activations == "int8_token":
-            y = gemm_int8(*quantize_tokens(rows), *weight, bias, bits, _choose(available.int8, "int8", *shape), x.dtype)
-        else:
-            regime, configs = ("few rows", available.few_rows) if m <= FEW_ROWS else ("many rows", available.many_rows)
-            y = gemm(_rounded(rows, groups, activations).to(x.dtype), *weight, bias, bits, _choose(configs, regime, *shape))
-    return y.view(*x.shape[:-1], n)
+        return _launch(config, rows, *weight, None if bias is None else bias.contiguous(), bits, activations).view(*x.shape[:-1], n)
+
+
+def warm(n: int, k: int, bits: int, groups: int, symmetric: bool, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
+    """Times what a weight [n, k] may be launched with on its GPU, for all WARM_ROWS, and notes the fastest; yields a line for each."""
+    qweight = torch.randint(-(2**31), 2**31 - 1, packing.packed_shape(n, k, bits), dtype=torch.int32, device=device)
+    scales = torch.rand(groups, n, device=device).half()
+    zeros = None if symmetric else torch.randint(0, 2**bits, (groups, n), dtype=torch.uint8, device=device)
+    for m in WARM_ROWS:
+        x = torch.randn(m, k, dtype=dtype, device=device)
+        for activations in ("auto", "int8_token") if m > MAX_ROWS else ("auto",):
+            regime, configs = candidates(lists(device), m, dtype, activations)
+
+            def run(config: Config, x: Tensor = x, activations: str = activations) -> Tensor:
+                return _launch(config, x, qweight, scales, zeros, None, bits, activations)
+
+            with gpu.on_device_of(x):
+                best, microseconds = tuning.tune(configs, run, OutOfResources)
+            tuning.note({_key(regime, m, n, k, bits, groups): best}, device.index)
+            yield f"{n} x {k}, {bits} bits, M = {m}, {regime}: {microseconds:.1f} us, {best}"
 
 
 @registry.register("dequant_gemm_backward", "triton", _refuses_backward)
@@ -110,6 +144,7 @@ def dequant_gemm_backward(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: 
     if rows.shape[0] == 0:
         return grad.new_empty((*grad.shape[:-1], k))
     weight = qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
-    config = _choose(lists(grad.device).backward, "backward", rows.shape[0], n, k, bits, groups, grad.device)
+    config = _choose("backward", lists(grad.device).backward, rows.shape[0], n, k, bits, groups, grad.device)
+    assert isinstance(config, DequantGemmGpu)
     with gpu.on_device_of(grad):
         return grad_x(rows, *weight, bits, k, config).view(*grad.shape[:-1], k)

@@ -2,8 +2,8 @@
 
 A warp has whole rows, its lanes the columns: memory is read and written in whole lines, and a column reaches all lanes by five shuffles. The
 arithmetic is the definition's operation for operation (no fused multiply-add, IEEE divisions), so that codes are its codes; but for the order of the
-sums in the clip search and in the product that passes the errors on to the columns behind the block. That product is torch's, in full float32:
-TF32 would feed rounding errors of 1e-3 back into every later column, and a float32 product takes of the solve about the time that the kernel does.
+sums in the clip search and in the product that passes the errors on to the columns behind the block. That product is torch's, in full float32, as
+the reference's is: TF32 would put relative errors of 1e-3 into every later column.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _grid_error(w, chosen, scale, zero, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _grid(w, chosen, factors_ptr, clip_steps, LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr):
+def _grid(w, chosen, factors_ptr, CLIP_STEPS: tl.constexpr, LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr):
     """affine.grid of the chosen columns, for each row."""
     if SYMMETRIC:
         high = tl.max(tl.where(chosen, tl.abs(w), 0.0), axis=1)
@@ -61,9 +61,9 @@ def _grid(w, chosen, factors_ptr, clip_steps, LEVELS: tl.constexpr, SYMMETRIC: t
         high = tl.max(tl.where(chosen, w, 0.0), axis=1)
         low = tl.min(tl.where(chosen, w, 0.0), axis=1)
     scale, zero = _grid_at(low, high, 1.0, LEVELS, SYMMETRIC)
-    if factors_ptr is not None:
+    if CLIP_STEPS > 0:
         best = _grid_error(w, chosen, scale, zero, LEVELS)
-        for step in range(1, clip_steps + 1):
+        for step in range(1, CLIP_STEPS + 1):
             new_scale, new_zero = _grid_at(low, high, tl.load(factors_ptr + step), LEVELS, SYMMETRIC)
             error = _grid_error(w, chosen, new_scale, new_zero, LEVELS)
             better = error < best
@@ -75,8 +75,8 @@ def _grid(w, chosen, factors_ptr, clip_steps, LEVELS: tl.constexpr, SYMMETRIC: t
 
 @triton.jit
 def gptq_block_update_fwd_kernel(
-    weight_ptr, hinv_ptr, codes_ptr, scales_ptr, zeros_ptr, index_ptr, factors_ptr, errors_ptr, n, k, groups, group_size, start, width, clip_steps,
-    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, FIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    weight_ptr, hinv_ptr, codes_ptr, scales_ptr, zeros_ptr, index_ptr, factors_ptr, errors_ptr, n, k, groups, group_size, start, width,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, FIND: tl.constexpr, CLIP_STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """Columns [start, start + width) of BLOCK_N rows; errors [n, width] for the columns behind them.
 
@@ -107,7 +107,7 @@ def gptq_block_update_fwd_kernel(
             at = group.to(tl.int64) * n + offs_n
             if FIND:
                 chosen = (cols >= j) & (cols < j + group_size)
-                scale, zero = _grid(w, chosen[None, :], factors_ptr, clip_steps, LEVELS, SYMMETRIC)
+                scale, zero = _grid(w, chosen[None, :], factors_ptr, CLIP_STEPS, LEVELS, SYMMETRIC)
                 tl.store(scales_ptr + at, scale, mask=row)
                 tl.store(zeros_ptr + at, zero.to(tl.uint8), mask=row)
             else:
@@ -166,8 +166,8 @@ def gptq_block_update(
                     scales[group], zeros[group] = found[0][0], found[1][0]
             errors = torch.empty(n, end - at, dtype=torch.float32, device=weight.device)
             gptq_block_update_fwd_kernel[(triton.cdiv(n, LAUNCH.block_rows),)](
-                weight, hinv, codes, scales, zeros, group_index, factors, errors, n, k, groups, group_size, at, end - at, clip_steps,
-                BITS=bits, SYMMETRIC=symmetric, FIND=find, BLOCK_N=LAUNCH.block_rows, BLOCK_K=triton.next_power_of_2(end - at),
+                weight, hinv, codes, scales, zeros, group_index, factors, errors, n, k, groups, group_size, at, end - at,
+                BITS=bits, SYMMETRIC=symmetric, FIND=find, CLIP_STEPS=clip_steps if find else 0, BLOCK_N=LAUNCH.block_rows, BLOCK_K=triton.next_power_of_2(end - at),
                 num_warps=LAUNCH.num_warps, enable_fp_fusion=False,
             )  # fmt: skip
             weight[:, end:].addmm_(errors, hinv[at:end, end:], alpha=-1)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import registry
+from .. import gpu, registry
 from . import cpp_kernel, reference  # noqa: F401  (they register their bodies)
+
+registry.register_lazily("hessian_update", "triton", f"{__name__}.triton_kernel", gpu.refuses)
 
 torch.library.define("normtweak::hessian_update", "(Tensor(a!) hessian, Tensor x) -> ()")
 
