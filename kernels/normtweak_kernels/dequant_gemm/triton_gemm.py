@@ -320,7 +320,8 @@ def _multiply(
 ) -> Tensor:  # fmt: skip
     m, k, (groups, n) = *x.shape, scales.shape
     group_size = _group_size(k, groups)
-    block_k = 2 * _divisor(config.block_k // 2, group_size)
+    # Halves of a step hold whole chunks of 32 and lie in one group.
+    block_k = max(64, 2 * _divisor(config.block_k // 2, group_size))
     split_k = min(config.split_k, triton.cdiv(k, block_k))
     y = x.new_empty((m, n), dtype=dtype)
     out = y if split_k == 1 else x.new_empty((split_k, m, n), dtype=torch.float32)
