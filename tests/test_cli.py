@@ -68,7 +68,6 @@ def test_eval(packed, small_model, tmp_path):
     assert 0 < scores["top1_agreement"] <= 1
 
 
-<<<<<<< HEAD
 def test_eval_of_tasks(packed, small_model, tmp_path):
     (tmp_path / "copa.jsonl").write_text(
         "".join(json.dumps({"query": f"Once {i}", "choices": ["it was", "they were"], "gold": i % 2}) + "\n" for i in range(6))
@@ -85,7 +84,8 @@ def test_eval_of_tasks(packed, small_model, tmp_path):
     assert row["difference"]["value"] == pytest.approx(row["value"]["value"] / row["other"]["value"])
     assert row["difference"]["interval"][0] < row["difference"]["value"] < row["difference"]["interval"][1]
     assert written["limit"] == 4
-=======
+
+
 def test_warming_without_a_gpu_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, out, err = in_process("bench", "--warm")
@@ -104,7 +104,6 @@ def test_warming_takes_each_shape_of_a_checkpoint_once(packed, small_model):
     assert (hidden, hidden) in {(n, k) for n, k, *_ in found}
     with pytest.raises(ValueError, match="bench: model must be a packed GPTQ checkpoint of 2, 3, 4 or 8 bits, got"):
         warm.shapes(small_model)
->>>>>>> triton-solve
 
 
 def test_generate_in_another_precision(packed):

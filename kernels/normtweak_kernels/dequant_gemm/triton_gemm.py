@@ -126,7 +126,7 @@ def _parameters(
 
     Where they come as int64 each holds 64 / BITS of them: one by one they would be too small for the asynchronous copies that bring the rest.
     """
-    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE if 0 < GROUP_SIZE and GROUP_SIZE < BLOCK_K else 1
+    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE if GROUP_SIZE > 0 and GROUP_SIZE < BLOCK_K else 1
     PER: tl.constexpr = 64 // BITS if ptr.dtype.element_ty == tl.int64 else 1
     groups = (k // GROUP_SIZE if GROUP_SIZE > 0 else 0) + tl.arange(0, GROUPS)
     offs = n // PER + tl.arange(0, BLOCK_N // PER)
