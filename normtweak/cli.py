@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from .progress import Advance
+
+if TYPE_CHECKING:
+    from .evaluate import Comparison
 
 console = Console()
 errors = Console(stderr=True)
@@ -183,11 +186,7 @@ def evaluate(
             )  # fmt: skip
         console.print(table)
     if rows:
-        beside = ("the other's", "difference (of perplexities: ratio) [95 %]") if against else ()
-        table = Table("task", "metric", "value", *beside)
-        for row in rows:
-            table.add_row(row.task, row.metric, str(row.value), *((_or_dash(row.other), _or_dash(row.difference)) if against else ()))
-        console.print(table)
+        console.print(_task_table(rows, against is not None))
     if json_file is not None:
         settings = {"model": model, "against": against, "windows": windows, "length": length, "dtype": str(precision).removeprefix("torch.")}
         settings |= {"activations": activations, "limit": limit}
@@ -276,6 +275,13 @@ def _read_settings(path: Path | None) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"quantize: config must be a JSON object, got {type(settings).__name__}")
     return settings
+
+
+def _task_table(rows: list[Comparison], compared: bool) -> Table:
+    table = Table("task", "metric", "value", *(("the other's", "difference (of perplexities: ratio) [95 %]") if compared else ()))
+    for row in rows:
+        table.add_row(row.task, row.metric, str(row.value), *((_or_dash(row.other), _or_dash(row.difference)) if compared else ()))
+    return table
 
 
 def _or_dash(value: object) -> str:
