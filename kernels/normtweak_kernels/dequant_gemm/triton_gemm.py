@@ -126,7 +126,7 @@ def _parameters(
 
     Where they come as int64 each holds 64 / BITS of them: one by one they would be too small for the asynchronous copies that bring the rest.
     """
-    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE if 0 < GROUP_SIZE and GROUP_SIZE < BLOCK_K else 1
+    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE if GROUP_SIZE > 0 and GROUP_SIZE < BLOCK_K else 1
     PER: tl.constexpr = 64 // BITS if ptr.dtype.element_ty == tl.int64 else 1
     groups = (k // GROUP_SIZE if GROUP_SIZE > 0 else 0) + tl.arange(0, GROUPS)
     offs = n // PER + tl.arange(0, BLOCK_N // PER)
@@ -196,7 +196,10 @@ def dequant_gemm_fwd_kernel(
                 scales = _parameters(scales_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF)
                 if zeros_ptr is not None:
                     group_zeros = _parameters(zeros_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, HALF)
-            zeros = None if zeros_ptr is None else group_zeros if GROUP_SIZE > 0 else channel_zeros
+            if zeros_ptr is not None:
+                zeros = group_zeros if GROUP_SIZE > 0 else channel_zeros
+            else:
+                zeros = None
             if INTEGER:
                 w = _int8(codes, zeros, BITS)
             else:
