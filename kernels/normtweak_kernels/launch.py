@@ -128,14 +128,20 @@ _FEW_ROWS = tuple(
     for block_n, split_k in ((64, 8), (128, 8), (64, 4))
 )
 
-# Tensor cores are kept busy by tiles of 128 x 128 that 8 warps share; the narrower ones give small matrices more programs.
+# Tensor cores stay busy while what a code costs, 2 to 4 instructions, is shared by 128 rows of x (wgmma, twice as fast, wants 256). Each thread
+# then holds 128 sums, which fills the registers of sm_80: 128 x 256 has room per channel alone, so that 128 x 128 comes first.
 _MANY_ROWS = (
-    DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
-    DequantGemmGpu(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=4),
-    DequantGemmGpu(block_m=128, block_n=64, block_k=64, num_warps=4, num_stages=3),
+    DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=2),
+    DequantGemmGpu(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=2),
+    DequantGemmGpu(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=2),
+)
+_MANY_ROWS_WGMMA = (
+    DequantGemmGpu(block_m=256, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4),
+    DequantGemmGpu(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=3),
 )
 _INT8 = (
-    DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    DequantGemmGpu(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3),
     DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
 )
 _BACKWARD = (
@@ -160,7 +166,12 @@ DEQUANT_GEMM_GPU = {
     "sm_86": _SM_86,
     "sm_89": replace(_SM_86, multiprocessors=142),
     # H100: wgmma wants 4 warps for each 64 rows of its first operand.
-    "sm_90": replace(_SM_80, multiprocessors=132),
+    "sm_90": replace(
+        _SM_80,
+        multiprocessors=132,
+        many_rows=_MANY_ROWS_WGMMA,
+        backward=(DequantGemmGpu(block_m=256, block_n=64, block_k=128, num_warps=8, num_stages=3), *_BACKWARD),
+    ),
     # B200: its memory is 2.4 times as fast as H100's, its float32 units are not.
     "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=2),
     # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth.

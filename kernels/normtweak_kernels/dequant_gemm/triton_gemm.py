@@ -126,7 +126,7 @@ def _parameters(
 
     Where they come as int64 each holds 64 / BITS of them: one by one they would be too small for the asynchronous copies that bring the rest.
     """
-    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE if 0 < GROUP_SIZE and GROUP_SIZE < BLOCK_K else 1
+    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE if GROUP_SIZE > 0 and GROUP_SIZE < BLOCK_K else 1
     PER: tl.constexpr = 64 // BITS if ptr.dtype.element_ty == tl.int64 else 1
     groups = (k // GROUP_SIZE if GROUP_SIZE > 0 else 0) + tl.arange(0, GROUPS)
     offs = n // PER + tl.arange(0, BLOCK_N // PER)
@@ -179,6 +179,8 @@ def dequant_gemm_fwd_kernel(
     rows = offs_n // 16 * panel + offs_n % 16
     shift, high_shift = _shifts(qweight_ptr, K, BITS), _high_shifts(qweight_ptr, K)
 
+    if GROUP_SIZE == 0 and zeros_ptr is not None:
+        channel_zeros = _parameters(zeros_ptr, 0, first_n, K, N, qweight_ptr, 0, 8, BLOCK_N, HALF)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if INTEGER and GROUP_SIZE == 0 else tl.float32)
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
     for step in range(pid_k * steps, tl.minimum((pid_k + 1) * steps, tl.cdiv(K, BLOCK_K))):
@@ -189,11 +191,15 @@ def dequant_gemm_fwd_kernel(
                 mask_x = mask_x & (k + tl.arange(0, HALF) < K)[:, None]
             x = tl.load(x_ptr + k + offs_x, mask=mask_x, other=0)
             codes = _codes(qweight_ptr, rows, offs_n < rows_left, k, K, shift, high_shift, BITS, BLOCK_N, HALF, EVEN_K)
-            zeros, scales = None, None
-            if zeros_ptr is not None:
-                zeros = _parameters(zeros_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, HALF)
-            if GROUP_SIZE > 0:
+            # Loaded once a step where both halves lie in one group.
+            if GROUP_SIZE > 0 and (half == 0 or GROUP_SIZE % BLOCK_K != 0):
                 scales = _parameters(scales_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF)
+                if zeros_ptr is not None:
+                    group_zeros = _parameters(zeros_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, HALF)
+            if zeros_ptr is not None:
+                zeros = group_zeros if GROUP_SIZE > 0 else channel_zeros
+            else:
+                zeros = None
             if INTEGER:
                 w = _int8(codes, zeros, BITS)
             else:
@@ -317,7 +323,8 @@ def _multiply(
 ) -> Tensor:  # fmt: skip
     m, k, (groups, n) = *x.shape, scales.shape
     group_size = _group_size(k, groups)
-    block_k = 2 * _divisor(config.block_k // 2, group_size)
+    # Halves of a step hold whole chunks of 32 and lie in one group.
+    block_k = max(64, 2 * _divisor(config.block_k // 2, group_size))
     split_k = min(config.split_k, triton.cdiv(k, block_k))
     y = x.new_empty((m, n), dtype=dtype)
     out = y if split_k == 1 else x.new_empty((split_k, m, n), dtype=torch.float32)
