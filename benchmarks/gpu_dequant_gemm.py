@@ -86,7 +86,10 @@ def peers(x: Tensor, codes: Tensor, scales: Tensor) -> dict[str, Call]:
             calls[name] = make(x, codes, scales)
             calls[name]()
         except (ImportError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as error:
-            print(f"{name} left out at N={codes.shape[0]} K={codes.shape[1]} M={len(x)}: {type(error).__name__}: {str(error).splitlines()[:1]}", file=sys.stderr)
+            print(
+                f"{name} left out at N={codes.shape[0]} K={codes.shape[1]} M={len(x)}: {type(error).__name__}: {str(error).splitlines()[:1]}",
+                file=sys.stderr,
+            )
             calls.pop(name, None)
     return calls
 

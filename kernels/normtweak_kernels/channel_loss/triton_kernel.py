@@ -48,9 +48,9 @@ def channel_partials_fwd_kernel(
     for tile in range(tiles):
         offs_t = (strip * tiles + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
         keep = _kept(mask_ptr, offs_t, tokens)
-        x = tl.load(x_ptr + offs_t[:, None] * channels + offs_c[None, :], mask=keep[:, None] & inside[None, :], other=0.0).to(tl.float32)
         added = tl.sum(keep.to(tl.int32), axis=0)
         inverse = tl.div_rn(1.0, tl.maximum(added, 1).to(tl.float32))
+        x = tl.load(x_ptr + offs_t[:, None] * channels + offs_c[None, :], mask=keep[:, None] & inside[None, :], other=0.0).to(tl.float32)
         tile_rough = tl.sum(x, axis=0) * inverse
         d = tl.where(keep[:, None], x - tile_rough[None, :], 0.0)
         total = tl.sum(d, axis=0)
