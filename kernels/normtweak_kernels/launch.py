@@ -129,7 +129,7 @@ _FEW_ROWS = tuple(
 )
 
 # Tensor cores stay busy while what a code costs, 2 to 4 instructions, is shared by 128 rows of x (wgmma, twice as fast, wants 256). Each thread
-# then holds 128 sums, which fills the registers of sm_80: where 128 x 256 spills a few (groups) or all (3 bits), tuning finds 128 x 128.
+# then holds 128 sums, which fills the registers of sm_80: 128 x 256 has room per channel alone, so that 128 x 128 comes first.
 _MANY_ROWS = (
     DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=2),
     DequantGemmGpu(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=2),

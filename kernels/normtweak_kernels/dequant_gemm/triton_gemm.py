@@ -196,7 +196,10 @@ def dequant_gemm_fwd_kernel(
                 scales = _parameters(scales_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF)
                 if zeros_ptr is not None:
                     group_zeros = _parameters(zeros_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, HALF)
-            zeros = None if zeros_ptr is None else group_zeros if GROUP_SIZE > 0 else channel_zeros
+            if zeros_ptr is not None:
+                zeros = group_zeros if GROUP_SIZE > 0 else channel_zeros
+            else:
+                zeros = None
             if INTEGER:
                 w = _int8(codes, zeros, BITS)
             else:

@@ -132,7 +132,8 @@ def dequant_gemv_fwd_kernel(
     x_ptrs = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None, None, None] * K + offs_k[None]
 
     acc = tl.zeros([BLOCK_M, THREAD_ROWS, 4, 4], tl.float32)
-    for start in range(0, chunks, THREAD_ROWS // 2 * CHUNKS):
+    BLOCK_C: tl.constexpr = THREAD_ROWS // 2 * CHUNKS
+    for start in range(0, chunks, BLOCK_C):
         first = start + offs_r // 2 * CHUNKS
         inside = first < chunks
         first = tl.minimum(first, chunks - CHUNKS)
