@@ -60,7 +60,7 @@ build/sanitize/native/test: $(NATIVE:%.cpp=build/sanitize/native/%.o)
 	@$(GCC) -fopenmp -fsanitize=address,undefined $^ -o $@
 
 # The reports of a process that ends at its first error are lost if pytest captures them, hence --capture=sys. The torch
-# references run none of this code, opcheck none that other tests don't. libstdc++ comes first for what the sanitizer wraps of it.
+# references and the Triton bodies run none of this code, opcheck none that other tests don't. libstdc++ comes first for what the sanitizer wraps of it.
 sanitize: $(STAMP) build/sanitize/native/test ## the kernels' tests under the address and undefined behaviour sanitizers of GCC
 	@ASAN_OPTIONS=detect_leaks=0 build/sanitize/native/test
 	@CXX=$(GCC) CC=$(GCC) PATH="$(abspath $(BIN)):$$PATH" NORMTWEAK_SANITIZE=1 NORMTWEAK_REQUIRE_NATIVE=1 \
@@ -68,7 +68,7 @@ sanitize: $(STAMP) build/sanitize/native/test ## the kernels' tests under the ad
 	@export PYTHONPATH=$(CURDIR)/build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(GCC) -print-file-name=libasan.so) $$($(GCC) -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c 'from normtweak_kernels import native; assert "build/sanitize" in native.loaded().__file__, native.loaded().__file__' \
-		&& $(BIN)/python -m pytest --capture=sys -k "not [reference and not opcheck" tests/kernels
+		&& $(BIN)/python -m pytest --capture=sys -k "not [reference and not opcheck" --ignore-glob='*_triton*' --ignore-glob='*_gpu_*' tests/kernels
 
 build/cross/%.o: %.cpp $(NATIVE_HEADERS) Makefile
 	@command -v $(CROSS) >/dev/null || { echo "make cross needs $(CROSS) (Debian: apt-get install g++-aarch64-linux-gnu)"; exit 1; }
