@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import platform
@@ -26,7 +25,7 @@ from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter, packed_config
 from .config import PolishConfig, QuantizeConfig, check_out_folder, require
 from .linear import PackedLinear, quantizable_linears
 from .loop import BlockReport, quantize_blocks
-from .memory import PeakMemory
+from .memory import PeakMemory, release
 from .models import ModelFolder
 from .polish import PolishReport, polish
 from .progress import Progress, Silent
@@ -92,7 +91,9 @@ def quantize(
             with stages("blocks"):
                 report.blocks, stream, float_stream = _run_blocks(plan, tokens, writer, progress)
                 _write_rest(plan, _quantize_head(plan, tokens, stream, progress), writer)
+            del stream
             if config.polish and tokens is not None and float_stream is not None:
+                release()
                 with stages("polish"):
                     report.polish = _polish(plan, config.polish, tokens, float_stream, writer, progress)
             writer.write_json(RECIPE, _recipe(model, config, tokens, report))
@@ -260,7 +261,7 @@ def _calibration_tokens(folder: ModelFolder, config: QuantizeConfig, progress: P
         return models.load(folder.path, dtype=compute_dtype(config.compute_dtype))
 
     tokens = calibration.token_ids(config.calibration, folder.tokenizer, load_model, folder.text_config.vocab_size, config.seed, progress)
-    gc.collect()  # the whole float model, which wrote the text, goes before the blocks come
+    release()  # the whole float model, which wrote the text, goes before the blocks come
     return tokens
 
 

@@ -18,7 +18,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from . import norms
@@ -117,16 +116,38 @@ class _Objective:
         with computing(tokens.device.type, self._dtype):
             with torch.no_grad():
                 # What follows the blocks, with the norm that the float model has there.
-                target = self._calls.logits(tokens, self._hidden[rows], self._start).float().log_softmax(-1)
+                target = self._calls.logits(tokens, self._hidden[rows], self._start)
             with checkpointed(self._blocks):
                 output = self._model(input_ids=tokens, use_cache=False).logits
-        own = output.float().log_softmax(-1)
-        return functional.kl_div(own, target, log_target=True, reduction="sum") / tokens.numel()
+        return _Divergence.apply(output, target)
 
     @torch.no_grad()
     def mean(self, rows: Tensor) -> float:
         """Over some of the sequences."""
         return sum(self(row).item() for row in rows.split(1)) / len(rows)
+
+
+class _Divergence(torch.autograd.Function):
+    """Mean over tokens of KL(softmax(target) || softmax(logits)), whose gradient in the logits is softmax(logits) - softmax(target), over their number.
+
+    A few tokens' distributions at a time: those of all, several times over, would be the largest thing in memory.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor) -> Tensor:
+        count, total = logits[..., 0].numel(), torch.zeros((), device=logits.device)
+        gradient = torch.empty_like(logits)
+        for own, goal, slope in zip(*(t.flatten(0, -2).split(64) for t in (logits, target, gradient)), strict=True):
+            p, q = goal.float().log_softmax(-1), own.float().log_softmax(-1)
+            total += (p.exp() * (p - q)).sum()
+            slope.copy_((q.exp() - p.exp()) / count)
+        ctx.save_for_backward(gradient)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None
 
 
 @contextmanager
