@@ -143,21 +143,15 @@ def tweak_block(block: nn.Module, index: int, count: int, stream: Stream, target
             adam.step()
             schedule.step()
     start = {p.name: block.get_parameter(p.name).clone() for p in parameters}
-    _assign(block, {p.name: p.value() for p in parameters})
+    norms.assign(block, {p.name: p.value() for p in parameters})
     after = mean_loss(block, index, stream, target, config, held_out)
     if not math.isfinite(after):
         raise ValueError(f"tweak: the loss of block {index} must stay finite (try a smaller learning_rate), got {after}")
     if config.reject_worse and after >= before:
-        _assign(block, start)
+        norms.assign(block, start)
         logger.info("block %d: the tweak raised the held-out loss from %.4g to %.4g; its norms are left as they were", index, before, after)
         after = before
     return before, after
-
-
-@torch.no_grad()
-def _assign(block: nn.Module, values: dict[str, Tensor]) -> None:
-    for name, value in values.items():
-        block.get_parameter(name).copy_(value)
 
 
 def with_parameters(block: nn.Module, values: dict[str, Tensor]) -> Callable[..., Any]:

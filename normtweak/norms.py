@@ -72,3 +72,10 @@ def norm_parameters(block: nn.Module, *, relative: bool) -> list[NormParameter]:
     if not found:
         raise ValueError(f"tweak: the block must hold a LayerNorm or RMSNorm, got {type(block).__name__} without one")
     return found
+
+
+@torch.no_grad()
+def assign(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Write values into a module's parameters of those names, in place."""
+    for name, value in values.items():
+        module.get_parameter(name).copy_(value)

@@ -81,7 +81,7 @@ def polish(
                 torch.autograd.backward([p.value() for p in parameters], gradients)
                 adam.step()
                 schedule.step()
-                _assign(own, {p.name: p.value() for p in parameters})
+                norms.assign(model, {p.name: p.value() for p in parameters})
                 advance()
         after = objective.mean(held_out)
         advance()
@@ -89,15 +89,9 @@ def polish(
         raise ValueError(f"polish: the loss must stay finite (try a smaller learning_rate), got {after}")
     accepted = after < before
     if not accepted:
-        _assign(own, start)
+        norms.assign(model, start)
     model.requires_grad_(False)
     return PolishReport(before, after if accepted else before, accepted), {name: parameter.detach() for name, parameter in own.items()}
-
-
-@torch.no_grad()
-def _assign(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
 
 
 class _Objective:
