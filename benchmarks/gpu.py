@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from normtweak_kernels.tuning import seconds
+
 HERE = Path(__file__).parent
 COLUMNS = ("case", "variant", "median_us", "p20_us", "p80_us", "gb_per_s", "tflop_per_s", "bandwidth_fraction", "peak_fraction", "roofline")
 REPEATS = 50
@@ -28,19 +30,7 @@ REPEATS = 50
 
 def times(call: Callable[[], object]) -> list[float]:
     """Seconds of each of REPEATS calls, sorted."""
-    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    for _ in range(3):
-        call()
-    events = []
-    for _ in range(REPEATS):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        events.append((start, end))
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) / 1e3 for start, end in events)
+    return seconds(call, REPEATS, warm_up=3)
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:
@@ -63,8 +53,8 @@ def rows(op: str, bandwidth: float, peak: float) -> list[dict[str, object]]:
     measured = []
     for case, moved, flops, variants in importlib.import_module(f"gpu_{op}").cases():
         for variant, call in variants.items():
-            seconds = times(graphed(call))
-            median, p20, p80 = (seconds[int(q * len(seconds))] for q in (0.5, 0.2, 0.8))
+            sample = times(graphed(call))
+            median, p20, p80 = (sample[int(q * len(sample))] for q in (0.5, 0.2, 0.8))
             measured.append(
                 {
                     "case": case,

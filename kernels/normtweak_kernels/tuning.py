@@ -78,20 +78,26 @@ def note(choices: Mapping[str, Any], index: int) -> Path:
     return file
 
 
-def microseconds(call: Callable[[], object], repeats: int = 20) -> float:
-    """Median time of a call on the current GPU, each after its caches were overwritten: weights come from memory while a model runs."""
+def seconds(call: Callable[[], object], repeats: int, warm_up: int = 1) -> list[float]:
+    """Times of `repeats` calls on the current GPU, sorted, each after its caches were overwritten: weights come from memory while a model runs."""
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    call()
-    times = []
+    for _ in range(warm_up):
+        call()
+    events = []
     for _ in range(repeats):
         flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         call()
         end.record()
-        times.append((start, end))
+        events.append((start, end))
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in times) * 1e3
+    return sorted(start.elapsed_time(end) / 1e3 for start, end in events)
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """Median time of 20 calls, see `seconds`."""
+    return statistics.median(seconds(call, 20)) * 1e6
 
 
 def tune(
