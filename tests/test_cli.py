@@ -11,9 +11,8 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
-from rich.console import Console
 
-from normtweak import cli
+from normtweak import cli, terminal
 from small_models import make_model
 
 SMALL = ["--calibration", "random", "--samples", "4", "--length", "24"]
@@ -32,8 +31,8 @@ def in_process(*args):
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["normtweak", *map(str, args)])
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr(cli, "console", Console(file=out, width=200))
-        patch.setattr(cli, "errors", Console(file=err, width=200))
+        patch.setattr(terminal.console, "width", 200)
+        patch.setattr(terminal.errors, "width", 200)
         with pytest.raises(SystemExit) as exited:
             cli.main()
     return exited.value.code, out.getvalue(), err.getvalue()

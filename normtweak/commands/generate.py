@@ -1,0 +1,34 @@
+"""`normtweak generate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..terminal import Activations, Model, console, errors
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of activations: float32, bfloat16, or auto, the faster here.")] = "float32",
+    activations: Activations = "auto",
+) -> None:
+    """Continue a text with MODEL."""
+    from .. import models
+    from ..activations import compute_dtype
+    from ..text import check_prompt, continue_text
+
+    check_prompt(prompt)
+    precision = compute_dtype(dtype)
+    tokenizer = models.load_tokenizer(model)
+    result = continue_text(
+        models.load(model, dtype=precision, activations=activations), tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed
+    )
+    console.print(prompt, style="bold", end="", markup=False, highlight=False)
+    console.print(result.text, markup=False, highlight=False)
+    errors.print(f"{result.tokens} tokens in {result.seconds:.2f} s: {result.tokens / result.seconds:.1f} tokens/s", highlight=False)

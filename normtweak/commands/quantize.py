@@ -1,0 +1,87 @@
+"""`normtweak quantize`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..terminal import Model, TerminalProgress, console
+
+
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="New folder for the packed checkpoint.", show_default=False)],
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.", show_default="4")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale (32, 64, 128, ...), or -1: one scale per output row.", show_default="-1")
+    ] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store zero points; worth it at 2 bits.")] = False,
+    method: Annotated[str | None, typer.Option(help="gptq or rtn.", show_default="gptq")] = None,
+    preset: Annotated[str, typer.Option(help="default (best measured recipe) or paper (Algorithm 1 to the letter).")] = "default",
+    module: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=BITS[:GROUP_SIZE]",
+            help="Other bits for linears whose path has this regular expression in it; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Leave linears whose path has this in it as they are; repeatable.", show_default=False)
+    ] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output head too.")] = False,
+    no_tweak: Annotated[bool, typer.Option("--no-tweak", help="Leave the norms as they are: no tweak, no polish.")] = False,
+    no_polish: Annotated[bool, typer.Option("--no-polish", help="Tweak block by block alone, as the paper does.")] = False,
+    calibration: Annotated[
+        str | None, typer.Option(help="generated (by the model itself), random, or a UTF-8 text FILE.txt.", show_default="generated")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed writes the same bytes.", show_default="0")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON file of QuantizeConfig settings; options given here win.", show_default=False)] = None,
+) -> None:
+    """Quantize MODEL block by block, tweak each block's norms, polish them all together, write a packed checkpoint (GPTQ v1 layout)."""
+    from .. import pipeline
+    from ..config import ModuleOverride, QuantizeConfig
+
+    settings = _read_settings(config)
+    given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "method": method, "seed": seed}
+    settings |= {key: value for key, value in given.items() if value is not None}
+    if module:
+        settings["overrides"] = [ModuleOverride.parse(entry) for entry in module]
+    if skip:
+        settings["skip"] = skip
+    if lm_head:
+        settings["lm_head"] = True
+    text = {key: value for key, value in {"source": calibration, "samples": samples, "length": length}.items() if value is not None}
+    if text:
+        settings["calibration"] = {**settings["calibration"], **text} if isinstance(settings.get("calibration"), dict) else text
+    if no_tweak:
+        settings["tweak"] = None
+    if no_tweak or no_polish:
+        settings["polish"] = None
+    report = pipeline.quantize(model, out=out, config=QuantizeConfig.preset(preset, **settings), progress=TerminalProgress())
+    if report.polish:
+        console.print(f"polish: {report.polish}", highlight=False)
+    console.print(
+        f"{report.out}: {report.packed_size / 1e6:.1f} MB (16-bit: {report.float_size / 1e6:.1f} MB), "
+        f"{sum(report.seconds.values()):.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB above the start",
+        highlight=False,
+    )
+
+
+def _read_settings(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf8"))
+    except OSError as error:
+        raise ValueError(f"quantize: config must be a JSON file, got {path} ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"quantize: config must be a JSON file, got {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"quantize: config must be a JSON object, got {type(settings).__name__}")
+    return settings
