@@ -24,7 +24,7 @@ FLOORS = [
     {"quantizers", "calibration", "checkpoint"},
     {"losses", "families", "norms", "activations", "linear"},
     {"config", "estimates", "terminal"},
-    {"progress", "memory"},
+    {"progress", "memory", "files"},
 ]
 SIDEWAYS: set[tuple[str, str]] = set()
 # Heavy or optional packages, and the only files whose business they are.
@@ -32,16 +32,16 @@ OWNERS = {
     "transformers": {"models", "integrations/transformers"},
     "accelerate": {"models"},
     "huggingface_hub": {"models"},
-    "safetensors": {"checkpoint", "models"},
+    "safetensors": {"checkpoint", "models", "calibration/kept"},
     "typer": {"cli", "terminal", "commands/*"},
     "rich": {"cli", "terminal", "commands/*", "demo"},
-    "datasets": set(),
+    "datasets": {"calibration/hub"},
     "vllm": {"integrations/vllm"},
     "lm_eval": {"evaluate"},
     "matplotlib": set(),
     "normtweak_kernels": None,
 }
-LAZY = {"transformers", "accelerate", "huggingface_hub", "vllm", "lm_eval"}
+LAZY = {"transformers", "accelerate", "huggingface_hub", "vllm", "lm_eval", "datasets", "matplotlib"}
 
 
 def imports(path):
