@@ -13,6 +13,7 @@ from .commands.demo import demo
 from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.inspect import inspect
+from .commands.paper import paper
 from .commands.quantize import quantize
 from .terminal import errors
 
@@ -32,6 +33,7 @@ app.command()(generate)
 app.command()(inspect)
 app.command()(bench)
 app.command()(demo)
+app.command()(paper)
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ def quantize(
             plan.check_tokens(tokens)
         elif config.needs_calibration:
             folder.check_length("quantize", config.calibration.length)
-            take_text = _calibration(folder, config)
+            take_text = calibration_text(folder, config)
         with CheckpointWriter(out, plan.blocks + 1) as writer:
             with stages("check"), progress.task("checking weights", len(folder.weights.names())) as advance:
                 for _ in folder.weights.check_finite():
@@ -261,8 +261,8 @@ def _stored_dtype(folder: ModelFolder) -> torch.dtype:
     return folder.config.dtype if folder.config.dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
-def _calibration(folder: ModelFolder, config: QuantizeConfig) -> Callable[[Progress], Calibration]:
-    """What gives the calibration text. Raises ValueError for whatever is wrong with its source."""
+def calibration_text(folder: ModelFolder, config: QuantizeConfig) -> Callable[[Progress], Calibration]:
+    """What gives the text that `config` names for a model, when called. Raises ValueError for whatever is wrong with its source."""
     dtype = compute_dtype(config.compute_dtype)
     author = Author(
         folder.tokenizer,

@@ -17,7 +17,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"commands"},
-    {"demo"},
+    {"demo", "paper"},
     {"pipeline"},
     {"loop", "polish", "evaluate", "integrations", "describe", "warm"},
     {"models", "text", "tasks"},
@@ -34,11 +34,11 @@ OWNERS = {
     "huggingface_hub": {"models"},
     "safetensors": {"checkpoint", "models", "calibration/kept"},
     "typer": {"cli", "terminal", "commands/*"},
-    "rich": {"cli", "terminal", "commands/*", "demo"},
+    "rich": {"cli", "terminal", "commands/*", "demo", "paper/tables", "paper/run"},
     "datasets": {"calibration/hub"},
     "vllm": {"integrations/vllm"},
     "lm_eval": {"evaluate"},
-    "matplotlib": set(),
+    "matplotlib": {"paper/figure"},
     "normtweak_kernels": None,
 }
 LAZY = {"transformers", "accelerate", "huggingface_hub", "vllm", "lm_eval", "datasets", "matplotlib"}
