@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,6 +130,17 @@ def test_other_models_texts_and_settings_are_other_results(small_model, evaluati
     assert len({path(), *others}) == 7
     words.write_text(words.read_text() + words.read_text())
     assert path() not in others
+
+
+def test_rows_that_are_not_chosen_may_be_ones_that_cannot_be_made(small_model, evaluation, tmp_path, quantized, monkeypatch):
+    rows = experiments.TABLES[4].rows
+    impossible = experiments.Row(("magic", "no tweak"), "default", {"method": "magic"})
+    monkeypatch.setitem(experiments.TABLES, 4, replace(experiments.TABLES[4], rows=lambda scope: [impossible, *rows(scope)]))
+    with pytest.raises(ValueError, match="method must be one of .*, got magic"):
+        finish(small_model, request(tables=(4,), rows=""), evaluation, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    finish(small_model, request(tables=(4,), rows="RTN.*no tweak", seeds=1), evaluation, tmp_path / "out")
+    assert [(config.method, config.needs_calibration) for config in quantized] == [("rtn", False)]
 
 
 @pytest.mark.parametrize("number", [6, 8, 9])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,16 @@ class Scope:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what it is called, and its quantization (None: the float model; the seed is set for each run)."""
+    """One line of a table: what it is called, and its quantization as a preset with settings (None: the float model)."""
 
     labels: tuple[str, ...]
-    config: QuantizeConfig | None
+    preset: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> QuantizeConfig | None:
+        """The quantization; the seed is set for each run. Raises ValueError for settings that this version doesn't have."""
+        return None if self.preset is None else QuantizeConfig.preset(self.preset, **self.settings)
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,11 @@ class Experiment:
 
 def _row(labels: tuple[str, ...], scope: Scope, tweak: str, settings: dict[str, Any]) -> Row:
     preset, base = TWEAKS[tweak]
-    return Row(labels, QuantizeConfig.preset(preset, **(base | settings | {"calibration": scope.calibration})))
+    return Row(labels, preset, base | settings | {"calibration": scope.calibration})
 
 
 def _with_float(labels: tuple[str, ...], rows: Iterator[Row]) -> Iterator[Row]:
-    yield Row(("float", *[""] * (len(labels) - 1)), None)
+    yield Row(("float", *[""] * (len(labels) - 1)))
     yield from rows
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.table import Table
 
 from ..calibration.languages import PRESETS
-from ..config import CalibrationConfig, require
+from ..config import CalibrationConfig, QuantizeConfig, require
 from ..progress import Progress
-from .experiments import FIGURES, TABLES, Experiment, Row, Scope
+from .experiments import FIGURES, TABLES, Experiment, Scope
 from .figure import check_matplotlib, draw
 from .lab import Evaluation, Lab
 from .tables import Line, as_table, write_csv
@@ -57,29 +57,27 @@ def run(model: str, request: Request, evaluation: Evaluation, out: Path, progres
     languages = request.languages or PRESETS.get(lab.folder.config.model_type)
     scope = Scope(CalibrationConfig(samples=request.samples, length=request.length), request.sources, languages)
     asked = [(f"table{number}", TABLES[number]) for number in request.tables] + [(f"figure{number}", FIGURES[number]) for number in request.figures]
-    chosen = [(name, experiment, _chosen(experiment, scope, request.rows)) for name, experiment in asked]
+    chosen = [(name, experiment, _chosen(experiment, scope, request)) for name, experiment in asked]
     # all that is measured of a quantization is measured at once, since it is thrown away then
     wanted: dict[Path, set[str]] = {}
     for _, experiment, rows in chosen:
         for row in rows:
-            for seed in _seeds(row, request):
+            for seed in row.seeds:
                 if row.config is not None:
                     lab.check(row.config, seed)
                 wanted.setdefault(lab.path(row.config, seed), set()).update(experiment.measures)
     out.mkdir(exist_ok=True)
     for name, experiment, rows in chosen:
-        values: dict[Row, dict[str, list[float]]] = {row: {} for row in rows}
+        lines = [Line(row.labels, {}) for row in rows]
         for seed in range(request.seeds):  # a whole table of one seed before the next
-            for row in rows:
-                if seed not in _seeds(row, request):
+            for row, line in zip(rows, lines, strict=True):
+                if seed not in row.seeds:
                     continue
-                measures = tuple(sorted(wanted[lab.path(row.config, seed)]))
                 yield f"{name}, {', '.join(filter(None, row.labels))}, seed {seed}"
-                found = lab.results(row.config, seed, measures)
+                found = lab.results(row.config, seed, tuple(sorted(wanted[lab.path(row.config, seed)])))
                 for measure in experiment.measures:
                     for figure, value in found[measure].items():
-                        values[row].setdefault(figure, []).append(value)
-        lines = [Line(row.labels, values[row]) for row in rows]
+                        line.values.setdefault(figure, []).append(value)
         write_csv(out / f"{name}.csv", experiment.labels, lines)
         if name.startswith("figure"):
             draw(out / f"{name}.png", experiment.title, lines)
@@ -88,11 +86,17 @@ def run(model: str, request: Request, evaluation: Evaluation, out: Path, progres
             yield as_table(experiment.title, experiment.labels, lines)
 
 
-def _chosen(experiment: Experiment, scope: Scope, pattern: str) -> list[Row]:
-    rows = [row for row in experiment.rows(scope) if re.search(pattern, ", ".join(row.labels))]
-    require(bool(rows), "paper", "rows", f"found in a label of {experiment.title}", pattern)
-    return rows
+@dataclass(frozen=True)
+class _Chosen:
+    """A row whose configuration has been made. The float model is measured once, whatever the seeds."""
+
+    labels: tuple[str, ...]
+    config: QuantizeConfig | None
+    seeds: range
 
 
-def _seeds(row: Row, request: Request) -> range:
-    return range(request.seeds if row.config is not None else 1)
+def _chosen(experiment: Experiment, scope: Scope, request: Request) -> list[_Chosen]:
+    rows = [row for row in experiment.rows(scope) if re.search(request.rows, ", ".join(row.labels))]
+    require(bool(rows), "paper", "rows", f"found in a label of {experiment.title}", request.rows)
+    configs = [row.config for row in rows]
+    return [_Chosen(row.labels, config, range(request.seeds if config else 1)) for row, config in zip(rows, configs, strict=True)]
