@@ -43,9 +43,9 @@ def quantized(monkeypatch):
     done = []
     original = lab.quantize
 
-    def quantize(model, *, out, config, tokens, progress):
+    def quantize(model, *, out, config, tokens, progress, device):
         done.append(config)
-        return original(model, out=out, config=config, tokens=tokens, progress=progress)
+        return original(model, out=out, config=config, tokens=tokens, progress=progress, device=device)
 
     monkeypatch.setattr(lab, "quantize", quantize)
     return done

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..terminal import TerminalProgress, console
+from ..terminal import Device, TerminalProgress, console
 
 
 def paper(
@@ -34,6 +34,7 @@ def paper(
     ] = None,
     languages: Annotated[str | None, typer.Option(help="Of table 8's V2 text.", show_default="the family's own")] = None,
     rows: Annotated[str, typer.Option(metavar="REGEX", help="Only rows with this in their labels.", show_default=False)] = "",
+    device: Device = "auto",
 ) -> None:
     """Rerun experiments of the paper (arXiv 2309.02784) on MODEL: tables with standard errors over seeds, CSV, and figure 1. See docs/paper.md."""
     from ..evaluate import PYTHON_DOCS
@@ -42,5 +43,5 @@ def paper(
 
     request = Request(tuple(table or ()), tuple(figure or ()), seeds, samples, length, rows, tuple(calibration or ()), languages)
     evaluation = Evaluation(tuple(text or [PYTHON_DOCS]), windows, window_length, tuple(lambada or ()), tuple(choice or ()), limit)
-    for line in run(model, request, evaluation, out, TerminalProgress()):
+    for line in run(model, request, evaluation, out, TerminalProgress(), device):
         console.print(line, markup=False, highlight=False)

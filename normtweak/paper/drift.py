@@ -24,7 +24,7 @@ def channel_statistics(model: Any, windows: Tensor, dtype: torch.dtype, progress
     def look(statistics: ChannelStatistics) -> Any:
         def hook(module: Any, args: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            statistics.update(hidden[:, 1:].float(), torch.ones(hidden.shape[0], hidden.shape[1] - 1, dtype=torch.bool))
+            statistics.update(hidden[:, 1:].float(), torch.ones(hidden.shape[0], hidden.shape[1] - 1, dtype=torch.bool, device=hidden.device))
 
         return hook
 
@@ -33,7 +33,7 @@ def channel_statistics(model: Any, windows: Tensor, dtype: torch.dtype, progress
         with progress.task("measuring activations", len(windows)) as advance:
             for window in windows.split(1):
                 with computing(model.device.type, dtype):
-                    model(input_ids=window, use_cache=False, logits_to_keep=1)
+                    model(input_ids=window.to(model.device), use_cache=False, logits_to_keep=1)
                 advance()
     finally:
         for hook in hooks:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import models
-from ..activations import compute_dtype
+from ..activations import compute_dtype, device_of
 from ..calibration import Calibration
 from ..checkpoint import write_json
 from ..config import QuantizeConfig, require
@@ -57,7 +57,7 @@ class Lab:
     (which each quantization has anyway). Raises ValueError for a model or a text that will not do, before anything is run.
     """
 
-    def __init__(self, model: str, evaluation: Evaluation, out: Path, progress: Progress) -> None:
+    def __init__(self, model: str, evaluation: Evaluation, out: Path, progress: Progress, device: str = "auto") -> None:
         self._model, self._evaluation, self._out, self._progress = model, evaluation, out, progress
         self.folder = ModelFolder(models.resolve(model))
         require(self.folder.quantization is None, "paper", "model", "a float model", "a quantized one")
@@ -68,7 +68,8 @@ class Lab:
         self._windows = {
             Path(name).name: text_windows(self.folder.tokenizer, text, evaluation.windows, evaluation.length) for name, text in self._texts.items()
         }
-        self._dtype = compute_dtype("auto")
+        self._device = device_of(device)
+        self._dtype = compute_dtype("auto", self._device)
         self._calibrations: dict[str, Callable[[Progress], Calibration]] = {}
         self._last_text: tuple[str, Calibration] | None = None
 
@@ -78,11 +79,12 @@ class Lab:
         files = (*self._evaluation.lambada, *self._evaluation.choices)
         contents = [hashlib.sha256(text.encode()).hexdigest() for text in self._texts.values()] + [_digest(path) for path in files]
         evaluation = self._evaluation
-        return [version("normtweak"), self.folder.digest(), evaluation.windows, evaluation.length, evaluation.limit, list(self._windows), contents]
+        place = [version("normtweak"), self.folder.digest(), self._device.type]
+        return [*place, evaluation.windows, evaluation.length, evaluation.limit, list(self._windows), contents]
 
     @cached_property
     def _float(self) -> Any:
-        return models.load(self.folder.path)
+        return models.load(self.folder.path, device=self._device)
 
     @cached_property
     def _float_statistics(self) -> Any:
@@ -97,7 +99,7 @@ class Lab:
         key = json.dumps([asdict(config.calibration), seed])
         if config.needs_calibration and key not in self._calibrations:
             self.folder.check_length("paper", config.calibration.length)
-            self._calibrations[key] = calibration_text(self.folder, replace(config, seed=seed))
+            self._calibrations[key] = calibration_text(self.folder, replace(config, seed=seed), self._device)
 
     def path(self, config: QuantizeConfig | None, seed: int) -> Path:
         """The file of a quantization's results."""
@@ -126,10 +128,10 @@ class Lab:
             logger.info("removing %s, which an interrupted run left", out)
             shutil.rmtree(out)
         began, wall = time.process_time(), time.perf_counter()
-        quantize(self._model, out=out, config=config, tokens=tokens, progress=self._progress)
+        quantize(self._model, out=out, config=config, tokens=tokens, progress=self._progress, device=str(self._device))
         spent = {"CPU seconds": time.process_time() - began, "seconds": time.perf_counter() - wall}
         try:
-            return self._measure(models.load(out), measures) | {"time": spent}
+            return self._measure(models.load(out, device=self._device), measures) | {"time": spent}
         finally:
             shutil.rmtree(out)
 

@@ -44,7 +44,7 @@ class Request:
             raise ValueError(f"paper: rows must be a regular expression, got {self.rows!r} ({error})") from None
 
 
-def run(model: str, request: Request, evaluation: Evaluation, out: Path, progress: Progress) -> Iterator[Table | str]:
+def run(model: str, request: Request, evaluation: Evaluation, out: Path, progress: Progress, device: str = "auto") -> Iterator[Table | str]:
     """The experiments, one after another; yields each table when it is finished. Results lie in `out` as CSV (figures also as PNG), each quantization's own in
     out/cells: a run that was interrupted goes on with those that are missing. Raises ValueError for whatever can be wrong before anything is run."""
     require(out.absolute().parent.is_dir() and (out.is_dir() or not out.exists()), "paper", "out", "a folder, new or an earlier run's", out)
@@ -53,7 +53,7 @@ def run(model: str, request: Request, evaluation: Evaluation, out: Path, progres
     )
     if request.figures:
         check_matplotlib()
-    lab = Lab(model, evaluation, out, progress)
+    lab = Lab(model, evaluation, out, progress, device)
     languages = request.languages or PRESETS.get(lab.folder.config.model_type)
     scope = Scope(CalibrationConfig(samples=request.samples, length=request.length), request.sources, languages)
     asked = [(f"table{number}", TABLES[number]) for number in request.tables] + [(f"figure{number}", FIGURES[number]) for number in request.figures]
