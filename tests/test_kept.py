@@ -138,3 +138,17 @@ def test_a_folder_that_cannot_be_written_is_said_so(small_model, monkeypatch, ca
 def test_nothing_temporary_is_left(small_model):
     run(small_model)
     assert [name for name in files() if not name.endswith(".safetensors")] == []
+
+
+def test_texts_begin_behind_a_leading_bos(small_model, monkeypatch):
+    monkeypatch.setattr(generated, "leading_bos", lambda tokenizer: 0)
+    tokens = ids(small_model, samples=3, length=60)
+    (path,) = kept.path_of("any").parent.iterdir()
+    draft = kept.read(path, 3, 60)
+    assert (tokens[:, 0] == 0).all()
+    assert not draft.begins[:, 0].any()
+    assert draft.begins[:, 1].all()
+    allowed = {"The", "One", "Once"}
+    begun = models.ModelFolder(small_model).tokenizer.convert_ids_to_tokens(tokens[draft.begins].tolist())
+    assert set(begun) <= allowed
+    assert draft.ends == int(draft.begins[:, 2:].sum())

@@ -64,9 +64,18 @@ def rows_of(file):
         return list(csv.DictReader(handle))
 
 
-def test_tables_share_their_quantizations(small_model, evaluation, tmp_path, quantized):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures that would be drawn, file and lines, without matplotlib."""
+    found = []
+    monkeypatch.setattr("normtweak.paper.run.check_matplotlib", lambda: None)
+    monkeypatch.setattr("normtweak.paper.run.draw", lambda file, title, lines: found.append((file, lines)))
+    return found
+
+
+def test_tables_and_figures_share_their_quantizations(small_model, evaluation, tmp_path, quantized, drawn):
     out = tmp_path / "out"
-    finish(small_model, request(tables=(2, 3), figures=()), evaluation, out)
+    finish(small_model, request(tables=(2, 3), figures=(1,)), evaluation, out)
     assert len(quantized) == len(set(quantized)) == 6  # 3 methods x 2 seeds
     assert {config.seed for config in quantized} == {0, 1}
     rows = rows_of(out / "table2.csv")
@@ -189,10 +198,7 @@ def test_drift_is_what_the_blocks_say(small_model):
     assert not model.model.layers[0]._forward_hooks
 
 
-def test_a_figure(small_model, evaluation, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("normtweak.paper.run.check_matplotlib", lambda: None)
-    monkeypatch.setattr("normtweak.paper.run.draw", lambda file, title, lines: drawn.append((file, lines)))
+def test_a_figure(small_model, evaluation, tmp_path, drawn):
     finish(small_model, request(figures=(1,), seeds=1, rows="W4.*(no tweak|paper)"), evaluation, tmp_path / "out")
     ((file, lines),) = drawn
     assert file.name == "figure1.png"
