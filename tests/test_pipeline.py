@@ -199,6 +199,17 @@ def test_a_tweak_that_makes_it_worse_is_undone(small_model, tmp_path):
     assert all(block.loss_after > block.loss_before for block in worse.blocks)
 
 
+def test_without_a_learning_rate_each_block_finds_its_own(small_model, tmp_path):
+    settings = {"bits": 2, "group_size": 32, "symmetric": False, "polish": None, "calibration": CALIBRATION | {"samples": 16}}
+    found = run(small_model, tmp_path / "found", tweak={"learning_rate": None}, **settings)
+    rates = QuantizeConfig.preset(tweak={"learning_rate": None}).tweak.learning_rates()
+    assert all(block.rate in (0, *rates) for block in found.blocks)
+    assert any(block.rate > rates[0] for block in found.blocks)
+    # the first block is given the same stream whatever the rate
+    losses = [run(small_model, tmp_path / f"{rate}", tweak={"learning_rate": rate}, **settings).blocks[0].loss_after for rate in rates]
+    assert found.blocks[0].loss_after == min(losses)
+
+
 def test_a_finished_checkpoint_survives_a_failing_rename(small_model, tmp_path, monkeypatch, caplog):
     from pathlib import Path
 
