@@ -66,7 +66,9 @@ def quantize(
     if text:
         settings["calibration"] = {**settings["calibration"], **text} if isinstance(settings.get("calibration"), dict) else text
     require(lr is None or not lr_search, "quantize", "lr", "left out with --lr-search", lr)
-    schedule = {key: value for key, value in {"loss": loss, "iterations": iterations, "learning_rate": lr}.items() if value is not None}
+    schedule: dict[str, Any] = {
+        key: value for key, value in {"loss": loss, "iterations": iterations, "learning_rate": lr}.items() if value is not None
+    }
     if lr_search:
         schedule["learning_rate"] = None
         if preset == "default" and settings.get("polish", {}) is not None:
