@@ -174,7 +174,9 @@ class QuantizeConfig:
     method: "gptq" or "rtn". damp_percent: fraction of the Hessian's mean diagonal that is added to it. act_order: quantize the columns
     with the largest Hessian diagonal first (groups stay where they are: static groups). block_size: columns per GPTQ block, where
     the solve goes by blocks of one width (on a CPU with native kernels it doesn't).
-    clip_steps: candidates of the clip search, 0 for plain min-max ranges.
+    clip_steps: candidates of the clip search, 0 for plain min-max ranges. sequential: a block's linears are quantized in the order of their calls, each
+    on the inputs that the ones before it give when quantized. correction: share, 0 to 1, of what those inputs lack of the float model's own that is made
+    good: W + share * W D H^-1 is quantized for W, D = (F - X)^T X for inputs F in the float model and X here (the target of GPTAQ, arXiv 2504.02692).
     overrides: other bits and group sizes for some linears; the first whose pattern is found in a linear's path counts. skip: patterns of linears
     that stay as they are, which counts before any override. lm_head: quantize the output head too.
     tweak: how each block's norms are tweaked, or None to leave them. polish: how all norms are polished at the end, or
@@ -189,6 +191,8 @@ class QuantizeConfig:
     act_order: bool = True
     block_size: int = 128
     clip_steps: int = 24
+    sequential: bool = True
+    correction: float = 0.5
     overrides: tuple[ModuleOverride, ...] = ()
     skip: tuple[str, ...] = ()
     lm_head: bool = False
@@ -208,6 +212,7 @@ class QuantizeConfig:
         require(0 < self.damp_percent < 1, where, "damp_percent", "a fraction between 0 and 1", self.damp_percent)
         require(self.block_size >= 1, where, "block_size", "1 or more", self.block_size)
         require(0 <= self.clip_steps <= 1000, where, "clip_steps", "0 to 1000", self.clip_steps)
+        require(0 <= self.correction <= 1, where, "correction", "0 to 1", self.correction)
         _one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
         require(self.seed >= 0, where, "seed", "0 or more", self.seed)
 
@@ -223,7 +228,9 @@ class QuantizeConfig:
             bits = settings.get("bits", cls.bits)
             settings["tweak"] = dataclasses.asdict(TWEAK_PRESETS[name](bits)) | tweak
         if name == "default" and settings.get("tweak", tweak) is not None:
-            settings.setdefault("polish", PolishConfig())
+            polish = settings.get("polish", {})
+            if isinstance(polish, dict):
+                settings["polish"] = dataclasses.asdict(_default_polish(settings.get("bits", cls.bits))) | polish
         return cls.from_dict(settings)
 
     @classmethod
@@ -249,10 +256,21 @@ class QuantizeConfig:
         """Whether any text is looked at."""
         return self.method != "rtn" or self.tweak is not None or self.polish is not None
 
+    @property
+    def needs_float_stream(self) -> bool:
+        """Whether the float model's own activations are looked at."""
+        tweaked = self.tweak is not None and self.tweak.target_stream == "float"
+        return self.polish is not None or tweaked or (self.method == "gptq" and self.correction > 0)
+
 
 def _default_tweak(bits: int) -> TweakConfig:
     # The coarser the codes, the more there is for the norms to make good: measured on SmolLM2-135M at 2 and 4 bits (docs/results.md).
     return TweakConfig(learning_rate=2e-3 if bits == 2 else 3e-4)
+
+
+def _default_polish(bits: int) -> PolishConfig:
+    # docs/experiments.md
+    return PolishConfig(learning_rate=1e-2 if bits == 2 else 5e-3)
 
 
 def _paper_tweak(bits: int) -> TweakConfig:

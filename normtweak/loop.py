@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import losses, norms, quantizers
-from .activations import Stream, split_rows
+from .activations import Passes, Stream, split_rows
 from .config import QuantizeConfig, TweakConfig
 from .linear import PackedLinear, quantizable_linears, replace
 from .progress import Progress
@@ -67,8 +67,8 @@ def quantize_blocks(
     """
     quantizer = quantizers.find(config.method)
     tweak = config.tweak
-    # The float model's own activations, kept beside the quantized ones when they are the target.
-    float_stream = stream if config.polish or (tweak and tweak.target_stream == "float") else None
+    # The float model's own activations, kept beside the quantized ones when they are a target.
+    float_stream = stream if config.needs_float_stream else None
     reports = []
     with progress.task("quantizing", count) as advance:
         for index in range(count):
@@ -79,18 +79,13 @@ def quantize_blocks(
             if not linears:
                 raise ValueError(f"quantize: block {index} must hold nn.Linear modules, got {type(block).__name__} without one")
 
-            # 8: the float output, of the float stream or (Algorithm 1) of the quantized one
-            target: Tensor | None = None
-            if float_stream is not None:
-                target = float_stream.through(block, index)
-                float_stream = float_stream.moved(target)
-
-            # 9: quantize; the quantizer's look at the activations is a pass of the quantized stream through the float block
-            seen: list[Tensor] = []
+            # 8, 9: quantize; the float output, of the float stream or (Algorithm 1) of the quantized one, is a pass that the quantizer looks at too
+            run = Passes(block, index, stream, float_stream)
             with torch.no_grad():
-                weights = quantizer.quantize_block(linears, pass_through(block, index, stream, seen), config)
-            if tweak and stream and tweak.target_stream == "quantized":
-                target = seen[0] if seen else stream.through(block, index)
+                weights = quantizer.quantize_block(linears, run, config)
+            target = run.output(tweak.target_stream) if tweak else None
+            if float_stream is not None:
+                float_stream = float_stream.moved(run.output("float"))
 
             # 10: freeze
             for name, weight in weights.items():
@@ -107,17 +102,6 @@ def quantize_blocks(
             reports.append(BlockReport(index, time.perf_counter() - began, *tweaked))
             advance(str(reports[-1]))
     return reports, stream, float_stream
-
-
-def pass_through(block: nn.Module, index: int, stream: Stream | None, seen: list[Tensor]) -> Callable[[], None]:
-    """A call that sends the stream through the block and keeps the output in `seen`."""
-
-    def run() -> None:
-        if stream is None:
-            raise ValueError("quantize: this method must be given calibration text, got none")
-        seen.append(stream.through(block, index))
-
-    return run
 
 
 def tweak_block(

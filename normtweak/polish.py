@@ -73,6 +73,7 @@ def polish(
     after = objective.mean(held_out)
     if not math.isfinite(after):
         raise ValueError(f"polish: the loss must stay finite (try a smaller learning_rate), got {after}")
+    after = _step_back(model, objective, start, after, held_out)
     accepted = after < before
     if not accepted:
         norms.assign(model, start)
@@ -104,6 +105,19 @@ def _descend(model: nn.Module, objective: _Objective, rows: Tensor, config: Poli
                 schedule.step()
                 norms.assign(model, {p.name: p.value() for p in parameters})
                 advance()
+
+
+def _step_back(model: nn.Module, objective: _Objective, start: dict[str, Tensor], after: float, held_out: Tensor) -> float:
+    """Half of the way back to where the norms came from, again and again as long as held-out sequences like it better; their divergence there."""
+    end = {name: model.get_parameter(name).detach().clone() for name in start}
+    for share in (0.5, 0.25, 0.125):
+        norms.assign(model, {name: start[name] + share * (end[name] - start[name]) for name in start})
+        divergence = objective.mean(held_out)
+        if not divergence < after:
+            norms.assign(model, {name: start[name] + 2 * share * (end[name] - start[name]) for name in start})
+            break
+        after = divergence
+    return after
 
 
 def _find_rate(model: nn.Module, objective: _Objective, rows: Tensor, held_out: Tensor, config: PolishConfig, seed: int, progress: Progress) -> float:

@@ -184,7 +184,7 @@ def test_one_block_at_a_time(small_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline._Plan, "open_block", opened)
     monkeypatch.setattr(pipeline.CheckpointWriter, "write", written)
-    run(small_model, tmp_path / "out")
+    run(small_model, tmp_path / "out", polish=None)
     assert events == [("open", 0, []), ("write", 0), ("open", 1, []), ("write", 1), ("write", 2)]
 
 

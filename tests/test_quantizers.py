@@ -94,7 +94,7 @@ def test_linears_with_one_input_share_a_hessian():
         for x in batches:
             k(x)
             o(q(x))
-    shared = {tuple(names): hessian for names, hessian in collector.shared()}
+    shared = {tuple(inputs.names): inputs.hessian for inputs in collector.shared()}
     assert set(shared) == {("q", "k"), ("o",)}
     tokens = torch.cat(batches).flatten(0, 1)
     torch.testing.assert_close(shared["q", "k"], tokens.t() @ tokens / len(tokens))
@@ -107,7 +107,8 @@ def test_bfloat16_inputs_give_a_positive_definite_hessian():
     with collector.attached():
         for batch in x:
             linear(batch)
-    ((_, hessian),) = collector.shared()
+    (inputs,) = collector.shared()
+    hessian = inputs.hessian
     exact = (x.double().flatten(0, 1).t() @ x.double().flatten(0, 1)) / (64 * 512)
     assert (hessian.double() - exact).abs().max() / exact.abs().max() < 1e-5
     assert torch.linalg.eigvalsh(hessian.double()).min() > 0
