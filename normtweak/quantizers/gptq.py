@@ -109,7 +109,7 @@ def restored(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
 def watch(linears: Mapping[str, nn.Linear], run: Callable[[], None], *, keep: bool) -> tuple[dict[str, str], dict[str, list[Tensor]]]:
     """For each linear in the order of its first call in a pass, the first one that is handed the same tensor; and their inputs [T, K], call by call.
 
-    Inputs are kept (if `keep`) in the dtype that they are multiplied in, once for linears that are called one after the other with the same.
+    Inputs are kept (if `keep`) on the host, in the dtype that they are multiplied in, once for linears that are called one after the other with the same.
     """
     leaders: dict[str, str] = {}
     inputs: dict[str, list[Tensor]] = {}
@@ -118,7 +118,7 @@ def watch(linears: Mapping[str, nn.Linear], run: Callable[[], None], *, keep: bo
     def hook(name: str):
         def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if not last or last[0][0] is not args[0]:
-                last[:] = [(args[0], name, multiplied(args[0]) if keep else None)]
+                last[:] = [(args[0], name, multiplied(args[0]).cpu() if keep else None)]
             _, leader, x = last[0]
             leaders.setdefault(name, leader)
             # a router may send other tokens to an expert when it is asked again
@@ -223,7 +223,7 @@ class HessianCollector:
         hessian_update(self._sums[name], x)
         self._tokens[name] += x.shape[0]
         if name in self._float_inputs:
-            own, exact = multiplied(x), self._float_inputs[name][self._calls[name]]
+            own, exact = multiplied(x), self._float_inputs[name][self._calls[name]].to(x.device)
             self._calls[name] += 1
             drift = self._drifts.setdefault(name, torch.zeros_like(self._sums[name]))
             drift += (exact.float() - own.float()).to(own.dtype).t() @ own
