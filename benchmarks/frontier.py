@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import normtweak
-from normtweak import QuantizeConfig, calibration, models
-from normtweak.activations import compute_dtype
+from normtweak import QuantizeConfig, models
+from normtweak.activations import CPU, compute_dtype
 from normtweak.config import CalibrationConfig
 from normtweak.evaluate import PYTHON_DOCS, read_text, score, text_windows
+from normtweak.pipeline import calibration_text
 from normtweak.progress import Silent
 
 CELLS: dict[str, dict[str, Any]] = {
@@ -46,9 +47,7 @@ FIELDS = ("cell", "recipe", "seed", "cpu_seconds", "text", "perplexity", "recove
 
 def generated(folder: models.ModelFolder, config: CalibrationConfig, seed: int) -> Tensor:
     """The calibration text of a seed."""
-    return calibration.token_ids(
-        config, folder.tokenizer, lambda: models.load(folder.path, dtype=compute_dtype("auto")), folder.text_config.vocab_size, seed, Silent()
-    )
+    return calibration_text(folder, QuantizeConfig(calibration=config, seed=seed), CPU)(Silent()).tokens
 
 
 def perplexities(model: Any, tokenizer: Any, windows: dict[str, Tensor]) -> dict[str, float]:
