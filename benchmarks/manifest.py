@@ -83,8 +83,9 @@ def products(target: str) -> Iterator[Entry]:
     if lists.gemv_max_rows > 1:
         yield from (gemv(target, lists.gemv[0], weight, lists.gemv_max_rows) for weight in WEIGHTS[:3])
     firsts = [
-        ("many rows", [config], [weight for weight in WEIGHTS if lists.many_rows_first.get((weight[0], weight[1] > 0)) == config], 6)
-        for config in dict.fromkeys(lists.many_rows_first.values())
+        (regime, [config], [weight for weight in WEIGHTS if first.get((weight[0], weight[1] > 0)) == config], 6)
+        for regime, first in (("many rows", lists.many_rows_first), ("backward", lists.backward_first))
+        for config in dict.fromkeys(first.values())
     ]
     # W8A8 and W4A8; per channel, and in groups.
     bytes_ = [(8, 0, False, "fp16"), (4, 128, True, "bf16"), (4, 0, False, "fp16"), (8, 128, True, "bf16")]

@@ -109,10 +109,26 @@ class DequantGemmGpuLists:
     # Up to 64 rows: bound by reading the weight, so that K is split until there are programs for all multiprocessors.
     few_rows: tuple[DequantGemmGpu, ...]
     many_rows: tuple[DequantGemmGpu, ...]
-    # What comes before them for weights of so many bits, with groups or without; with those of others it would spill.
-    many_rows_first: Mapping[tuple[int, bool], DequantGemmGpu]
     int8: tuple[DequantGemmGpu, ...]
     backward: tuple[DequantGemmGpu, ...]
+    # What comes before them for weights of so many bits, with groups or without; with those of others it would spill.
+    many_rows_first: Mapping[tuple[int, bool], DequantGemmGpu]
+    backward_first: Mapping[tuple[int, bool], DequantGemmGpu]
+
+    def products(self, bits: int, groups: int) -> tuple[DequantGemmGpu, ...]:
+        """Those for many rows of x and such a weight."""
+        return self._with_first(self.many_rows_first, self.many_rows, bits, groups)
+
+    def gradients(self, bits: int, groups: int) -> tuple[DequantGemmGpu, ...]:
+        """Those for the backward in x and such a weight."""
+        return self._with_first(self.backward_first, self.backward, bits, groups)
+
+    @staticmethod
+    def _with_first(
+        first: Mapping[tuple[int, bool], DequantGemmGpu], configs: tuple[DequantGemmGpu, ...], bits: int, groups: int
+    ) -> tuple[DequantGemmGpu, ...]:
+        key = bits, groups > 1
+        return (first[key], *configs) if key in first else configs
 
 
 # 8 warps share the 128 chunks of K = 4096 in 16 chunks each, two at a time and thread: 3 to 4 programs on a multiprocessor have 48 to 64 KB of a
@@ -149,11 +165,13 @@ _INT8 = (
     DequantGemmGpu(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3),
     DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
 )
-# Two stages: with three the compiler saves registers and spills.
-_BACKWARD = (
-    DequantGemmGpu(block_m=128, block_n=64, block_k=128, num_warps=8, num_stages=2),
-    DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
-)
+_BACKWARD = (DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),)
+# Two stages: with three the compiler saves registers and spills. 2 bits spill with two as well.
+_BACKWARD_FIRST = {
+    (bits, grouped): DequantGemmGpu(block_m=128, block_n=64, block_k=128, num_warps=8, num_stages=2)
+    for bits in (3, 4, 8)
+    for grouped in (False, True)
+}
 # A100. Half the float32 units of the others: at 4 bits one row takes as long as memory does, 4 rows two and a half times as long.
 _SM_80 = DequantGemmGpuLists(
     multiprocessors=108,
@@ -161,6 +179,7 @@ _SM_80 = DequantGemmGpuLists(
     gemv=_GEMV,
     few_rows=_FEW_ROWS,
     many_rows=_MANY_ROWS,
+    backward_first=_BACKWARD_FIRST,
     many_rows_first={
         (3, False): _MANY_ROWS_3_BITS,
         (3, True): _MANY_ROWS_3_BITS,
@@ -187,13 +206,14 @@ DEQUANT_GEMM_GPU = {
         multiprocessors=132,
         many_rows=_MANY_ROWS_WGMMA,
         many_rows_first={},
-        backward=(DequantGemmGpu(block_m=256, block_n=64, block_k=128, num_warps=8, num_stages=3), *_BACKWARD[1:]),
+        backward=(DequantGemmGpu(block_m=256, block_n=64, block_k=128, num_warps=8, num_stages=3), *_BACKWARD),
+        backward_first={},
     ),
     # B200: its memory is 2.4 times as fast as H100's, its float32 units are not.
     "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=2),
     # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth. Its tensor cores are slow beside its other units: 64 rows are enough for them,
     # and larger tiles spill.
-    "sm_120": replace(_SM_86, multiprocessors=170, gemv_max_rows=4, many_rows_first={}, backward=_BACKWARD[1:]),
+    "sm_120": replace(_SM_86, multiprocessors=170, gemv_max_rows=4, many_rows_first={}, backward_first={}),
     # MI300X: 64 KB of shared memory; a wavefront of 64 lanes does twice a warp's work. Above 2 rows their sums spill out of the registers, and so do
     # those of a wide gradient.
     "gfx942": replace(
@@ -207,6 +227,7 @@ DEQUANT_GEMM_GPU = {
         ),
         many_rows_first={},
         backward=(DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=2),),
+        backward_first={},
     ),
 }
 

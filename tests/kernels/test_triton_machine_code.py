@@ -39,7 +39,8 @@ def test_every_launch_of_every_list_is_in_it():
             for one in MANIFEST["kernels"]
             if target in one["targets"] and "BLOCK_N" in one["const"] and "num_stages" in one["opt"]
         }
-        shipped = (*lists.few_rows, *lists.many_rows, *lists.many_rows_first.values(), *lists.int8, *lists.backward)
+        firsts = (*lists.many_rows_first.values(), *lists.backward_first.values())
+        shipped = (*lists.few_rows, *lists.many_rows, *lists.int8, *lists.backward, *firsts)
         assert {(c.block_m, c.block_n, c.num_warps, c.num_stages) for c in shipped} <= compiled
 
 

@@ -75,8 +75,7 @@ def candidates(
         return "fewest rows", (*available.few_rows, *available.gemv)
     if m <= FEW_ROWS:
         return "few rows", available.few_rows
-    first = available.many_rows_first.get((bits, groups > 1))
-    return "many rows", available.many_rows if first is None else (first, *available.many_rows)
+    return "many rows", available.products(bits, groups)
 
 
 def _choose(regime: str, configs: Sequence[Config], m: int, n: int, k: int, bits: int, groups: int, device: torch.device) -> Config:
@@ -163,7 +162,7 @@ def dequant_gemm_backward(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: 
     if rows.shape[0] == 0:
         return grad.new_empty((*grad.shape[:-1], k))
     weight = qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
-    config = _choose("backward", lists(grad.device).backward, rows.shape[0], n, k, bits, groups, grad.device)
+    config = _choose("backward", lists(grad.device).gradients(bits, groups), rows.shape[0], n, k, bits, groups, grad.device)
     assert isinstance(config, DequantGemmGpu)
     with gpu.on_device_of(grad):
         return grad_x(rows, *weight, bits, k, config).view(*grad.shape[:-1], k)
