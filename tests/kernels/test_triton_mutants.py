@@ -162,14 +162,13 @@ def product_case(patch, kind, bits, shapes, config, zeros=True):
 
 
 # The kernels of an op by what they are launched for. That an equally good candidate doesn't replace the best of the clip search isn't seen.
-# (M, N, K, group size) that end at each row of tiles of 16 and 64 (but at no multiple of 16, which Triton compiles into another kernel) and at each of
-# 32 columns; K cut into four parts, of which the last may be short or empty, or within the first chunk, a later one or between chunks.
-ENDS = [(m, 33 + i + (i == 15)) for i, m in enumerate((2, 3, 11, 18, 19, 21, 25, 28, 31, 34, 35, 42, 43, 50, 51, 58, 59))]
-FEW_ENDS = [(17 + i, 33 + i) for i in range(15)]
-GROUPS = [(m, n, (224, 352, 608)[i % 3], 32) for i, (m, n) in enumerate(ENDS)]
-FEW_GROUPS = [(m, n, k, 32) for (m, n), (_, _, k, _) in zip(FEW_ENDS, GROUPS, strict=False)]
+# (M, N, K, group size) that end at each of the rows of x that a thread of a tile of 16 x 32 holds (64 x 32: ENDS), at each of 8 columns beside each other,
+# and at no multiple of 16, which Triton compiles into another kernel. K is cut into two parts of one step or two, the last of them half a step.
+FEW_ENDS = [(16 + m, 33 + n) for n, m in enumerate((2, 3, 10, 11) * 2)]
+ENDS = [(8 * (i // 2) + 2 + i % 2, 33 + i % 8) for i in range(16)]
+FEW_GROUPS, GROUPS = ([(m, n, 96 if i % 3 else 224, 32) for i, (m, n) in enumerate(ends)] for ends in (FEW_ENDS, ENDS))
 CHANNELS = [(m, n, 33 + 7 * i % 31 + 64 * (i % 2), -1) for i, (m, n) in enumerate(FEW_ENDS)]
-TILE = DequantGemmGpu(16, 32, 64, split_k=4, num_warps=4, num_stages=2)
+TILE = DequantGemmGpu(16, 32, 64, split_k=2, num_warps=4, num_stages=2)
 WHOLE = dataclasses.replace(TILE, split_k=1)
 CASES = {
     "channel_loss": [channel_loss_case],
@@ -181,9 +180,9 @@ CASES = {
             product_case, kind="few rows", bits=3, shapes=[(3, n, k + 128, -1) for _, n, k, _ in CHANNELS], config=DequantGemvGpu(2, 1), zeros=False
         ),
     ],
-    "dequant_gemm, groups": [
+    "dequant_gemm, products scaled": [partial(product_case, kind="forward", bits=3, shapes=FEW_GROUPS, config=TILE)],
+    "dequant_gemm, weights scaled": [
         partial(product_case, kind="forward", bits=4, shapes=GROUPS, config=dataclasses.replace(TILE, block_m=64)),
-        partial(product_case, kind="forward", bits=3, shapes=FEW_GROUPS, config=TILE),
     ],
     "dequant_gemm, channels": [partial(product_case, kind="forward", bits=2, shapes=CHANNELS, config=WHOLE, zeros=False)],
     "dequant_gemm, backward": [partial(product_case, kind="backward", bits=4, shapes=FEW_GROUPS, config=WHOLE)],

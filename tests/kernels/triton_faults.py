@@ -24,7 +24,7 @@ ACCESS = re.compile(r"\b(ld|st)\.shared\S*\s[^\[]*\[(\S+?)[+\]]")
 COMPARISON = re.compile(r"\bsetp\.(lt|le|gt|ge|lo|ls|hi|hs)(u?)\.")
 OTHER = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt", "lo": "ls", "ls": "lo", "hi": "hs", "hs": "hi"}
 # Calls that a mutant survives before it counts as not found.
-ATTEMPTS = 4
+ATTEMPTS = 2
 
 Call = Callable[[], object]
 
