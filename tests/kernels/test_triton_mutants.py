@@ -28,12 +28,27 @@ TARGET = 0.9
 HARMLESS = [
     (re.compile(where), re.compile(what), why)
     for where, what, why in [
-        (r"for start in range\(0, \w+, BLOCK_\w\)", "setp", "a further pass has every element masked: it reads nothing and adds zeros"),
+        (r"for \w+ in range\(0, \w+, BLOCK\w*\)", "setp", "a further pass has every element masked: it reads nothing and adds zeros"),
         (r"for \w+ in range\(", r"setp\.[lg][te]\.s32\s+\S+, \S+, [01];", "guards a loop that may have no pass; such calls launch nothing"),
         (r"for step in range\(", "setp", "fetches a step that isn't used, or multiplies one whose x is masked: beyond K nothing is read"),
         (r"w = tl\.where\(here, quantized", "setp", "the column itself gets its quantized value, whatever is said of it among the later ones"),
-        (r"return tl\.load\(ptr \+ values, mask=values < -K", "setp", "a value is at least 0 and K at least 1: they are never equal"),
     ]
+]
+# Comparisons whose operands are never equal, in any call that could be made. They count only if they weren't in those that were.
+NEVER_EQUAL = [
+    (re.compile(r"return tl\.load\(ptr \+ values, mask=values < -K"), "a value is at least 0, K at least 1"),
+    (
+        re.compile(r"inside = n \+ offs_h < tl\.cdiv\(N, 16\) \* 16"),
+        "a step's first half is one panel here, and there is one wherever there is a step",
+    ),
+]
+NEVER_EQUAL_IN_GROUPS = [
+    (re.compile(where), "groups end where halves of a step do; were K to end at the first half, steps would divide it, which is another kernel")
+    for where in (r"mask_x & \(k \+ tl\.arange\(0, HALF\) < K\)", r"mask & \(offs_w < left\)", r"groups \* GROUP_SIZE < K")
+]
+NEVER_EQUAL_PER_CHANNEL = [
+    (re.compile(r"groups \* GROUP_SIZE < K"), "the one group starts at 0, and K is at least 1"),
+    (re.compile(r"mask & \(offs_w < left\)"), "half a step is one chunk here, and the first half's is there wherever there is a step"),
 ]
 
 
@@ -153,21 +168,30 @@ def product_case(patch, kind, bits, shapes, config, zeros=True):
             y = gemv(x, *arguments, bias, bits, config, x.dtype) if kind == "few rows" else gemm(x, *arguments, bias, bits, config)
         return assert_accurate(y, torch.nn.functional.linear(wide.half(), dense.half(), bias), torch.nn.functional.linear(wide, dense, bias.double()))
 
-    return [
-        partial(
-            check, torch.randn(m, n if kind == "backward" else k).half(), random_weight(n, k, bits, group_size, zeros=zeros), torch.randn(n).half()
-        )
-        for m, n, k, group_size in shapes
-    ], PRODUCT_OUTPUTS
+    return (
+        [
+            partial(
+                check,
+                torch.randn(m, n if kind == "backward" else k).half(),
+                random_weight(n, k, bits, group_size, zeros=zeros),
+                torch.randn(n).half(),
+            )
+            for m, n, k, group_size in shapes
+        ],
+        PRODUCT_OUTPUTS,
+        NEVER_EQUAL_IN_GROUPS if shapes[0][3] > 0 else NEVER_EQUAL_PER_CHANNEL,
+    )
 
 
 # The kernels of an op by what they are launched for. That an equally good candidate doesn't replace the best of the clip search isn't seen.
-# (M, N, K, group size) that end at each of the rows of x that a thread of a tile of 16 x 32 holds (64 x 32: ENDS), at each of 8 columns beside each other,
-# and at no multiple of 16, which Triton compiles into another kernel. K is cut into two parts of one step or two, the last of them half a step.
-FEW_ENDS = [(16 + m, 33 + n) for n, m in enumerate((2, 3, 10, 11) * 2)]
-ENDS = [(8 * (i // 2) + 2 + i % 2, 33 + i % 8) for i in range(16)]
+# (M, N, K, group size) that end within each four rows of x of a tile of 16 x 32 (64 x 32: ENDS), and each four columns at every place of eight; none at a
+# multiple of 16, which Triton compiles into another kernel. K is cut into two parts of one step or two, the last of them half a step.
+FEW_ENDS = [(19, 33), (18, 38), (22, 40), (23, 47), (26, 50), (30, 52), (27, 59), (31, 61)]
+ENDS = [(4 * i + 2 + i % 2, FEW_ENDS[i % 8][1]) for i in range(16)]
 FEW_GROUPS, GROUPS = ([(m, n, 96 if i % 3 else 224, 32) for i, (m, n) in enumerate(ends)] for ends in (FEW_ENDS, ENDS))
-CHANNELS = [(m, n, 33 + 7 * i % 31 + 64 * (i % 2), -1) for i, (m, n) in enumerate(FEW_ENDS)]
+BACKWARD = [(m, n - 32 * (i % 2), k, group_size) for i, (m, n, k, group_size) in enumerate(FEW_GROUPS)]
+# K that ends at every place of eight, and in either half of the first step or the second.
+CHANNELS = [(m, n, k, -1) for (m, n), k in zip(FEW_ENDS, (33, 70, 20, 79, 50, 85, 27, 120), strict=True)]
 TILE = DequantGemmGpu(16, 32, 64, split_k=2, num_warps=4, num_stages=2)
 WHOLE = dataclasses.replace(TILE, split_k=1)
 CASES = {
@@ -185,7 +209,7 @@ CASES = {
         partial(product_case, kind="forward", bits=4, shapes=GROUPS, config=dataclasses.replace(TILE, block_m=64)),
     ],
     "dequant_gemm, channels": [partial(product_case, kind="forward", bits=2, shapes=CHANNELS, config=WHOLE, zeros=False)],
-    "dequant_gemm, backward": [partial(product_case, kind="backward", bits=4, shapes=FEW_GROUPS, config=WHOLE)],
+    "dequant_gemm, backward": [partial(product_case, kind="backward", bits=4, shapes=BACKWARD, config=WHOLE)],
     "dequant_gemm, int8": [
         partial(product_case, kind="int8", bits=8, shapes=FEW_GROUPS, config=TILE),
         partial(product_case, kind="int8", bits=4, shapes=CHANNELS, config=WHOLE),
@@ -199,7 +223,10 @@ CASES = {
 def test_faults_are_found(op, monkeypatch, tmp_path):
     # PTX names its source files by the path that they had when it was compiled: what another checkout left in the cache names none that is here.
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    faults = [fault for case in CASES[op] for fault in plant(*case(monkeypatch), HARMLESS)]
+    faults = []
+    for case in CASES[op]:
+        calls, outputs, *never_equal = case(monkeypatch)
+        faults += plant(calls, outputs, HARMLESS, [reason for reasons in (NEVER_EQUAL, *never_equal) for reason in reasons])
     harmless = [fault for fault in faults if fault.reason]
     survivors = [fault.what for fault in faults if not fault.found and not fault.reason]
     planted = len(faults) - len(harmless)

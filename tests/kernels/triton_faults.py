@@ -27,6 +27,7 @@ OTHER = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt", "lo": "ls", "ls": "lo",
 ATTEMPTS = 2
 
 Call = Callable[[], object]
+Pattern = re.Pattern[str]
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,13 @@ def _notices(call: Call, outputs: dict[str, set[str]], ptx: str, mutant: str) ->
     return False
 
 
-def plant(calls: list[Call], outputs: dict[str, set[str]], harmless: list[tuple[re.Pattern[str], re.Pattern[str], str]]) -> Iterator[Fault]:
+def plant(
+    calls: list[Call], outputs: dict[str, set[str]], harmless: list[tuple[Pattern, Pattern, str]], never_equal: list[tuple[Pattern, str]]
+) -> Iterator[Fault]:
     """Every fault of every kernel that the calls launch.
 
-    harmless: why faults that nobody finds have no effect, by patterns for the line of the kernel and for the line of PTX.
+    harmless: why faults that nobody finds have no effect, by patterns for the line of the kernel and for the line of PTX. never_equal: why the operands of
+    comparisons that were not equal in any of the calls can't be, by a pattern for the line of the kernel.
     """
     survey = _Survey(calls, outputs)
     for ptx, kernel in survey.kernels.items():
@@ -142,12 +146,15 @@ def plant(calls: list[Call], outputs: dict[str, set[str]], harmless: list[tuple[
         for site in sites(ptx):
             line = lines[site.number].strip()
             mutant = "\n".join([*lines[: site.number], site.mutated, *lines[site.number + 1 :]])
-            found = any(_notices(calls[i], outputs, ptx, mutant) for i in survey.relevant(ptx, line))
-            reason = None
+            relevant = survey.relevant(ptx, line)
+            found, reason = any(_notices(calls[i], outputs, ptx, mutant) for i in relevant), None
             if not found:
-                reason = next((why for where, what, why in harmless if where.search(site.source) and what.search(line)), None)
+                reasons = [why for where, what, why in harmless if where.search(site.source) and what.search(line)]
+                if not relevant:
+                    reasons += [why for where, why in never_equal if where.search(site.source)]
                 if BARRIER.search(line) and repeated(lines, site):
-                    reason = "the same barrier stands beside it"
-                elif line.startswith("bar.sync") and same_data(lines, site):
-                    reason = "it parts accesses of the same threads to the same addresses"
-            yield Fault(f"{kernel}, line {site.number}: {line}   from: {site.source}", found, reason)
+                    reasons.append("the same barrier stands beside it")
+                if line.startswith("bar.sync") and same_data(lines, site):
+                    reasons.append("it parts accesses of the same threads to the same addresses")
+                reason = next(iter(reasons), None)
+            yield Fault(f"{kernel}, line {site.number}: {line}   equal in calls {relevant}, from: {site.source}", found, reason)
