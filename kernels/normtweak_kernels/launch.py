@@ -210,7 +210,7 @@ DEQUANT_GEMM_GPU = {
         backward_first={},
     ),
     # B200: its memory is 2.4 times as fast as H100's, its float32 units are not.
-    "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=2),
+    "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=2, backward=tuple(replace(config, num_stages=2) for config in _BACKWARD)),
     # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth. Its tensor cores are slow beside its other units: 64 rows are enough for them,
     # and larger tiles spill.
     "sm_120": replace(_SM_86, multiprocessors=170, gemv_max_rows=4, many_rows_first={}, backward_first={}),
