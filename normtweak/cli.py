@@ -14,6 +14,7 @@ from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.inspect import inspect
 from .commands.quantize import quantize
+from .commands.serve import serve
 from .terminal import errors
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command()(quantize)
 app.command(name="eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)
+app.command()(serve)
 app.command()(bench)
 app.command()(demo)
 

@@ -77,7 +77,7 @@ class NormTweakVllmConfig(QuantizationConfig):
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None) -> str | None:
-        """"normtweak" for the checkpoints that are taken from vLLM's own GPTQ, see `vllm_rules.claims`."""
+        """ "normtweak" for the checkpoints that are taken from vLLM's own GPTQ, see `vllm_rules.claims`."""
         return NAME if claims(hf_quant_cfg, user_quant) else None
 
     @staticmethod
@@ -108,11 +108,12 @@ class NormTweakVllmConfig(QuantizationConfig):
             require(not inside, NAME, prefix, "linears (experts are run by normtweak.load, not by vLLM)", "a mixture of packed experts")
             return None
         if isinstance(layer, ParallelLMHead):
-            found = packings(self.settings, names, self.stored) if self.settings.get("lm_head") else [None]
-        elif isinstance(layer, LinearBase):
-            found = packings(self.settings, names, self.stored)
+            quantized = bool(self.settings.get("lm_head"))
         else:
+            quantized = isinstance(layer, LinearBase)
+        if not quantized:
             return None
+        found = packings(self.settings, names, self.stored)
         if None not in found:
             return NormTweakLinearMethod(prefix, found, v2=self.settings.get("checkpoint_format") == "gptq_v2")
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
@@ -129,7 +130,7 @@ class NormTweakLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,

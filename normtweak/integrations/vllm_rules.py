@@ -44,13 +44,13 @@ def claims(settings: Mapping[str, Any], asked: str | None) -> bool:
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise ValueError for a quantization_config that the plugin can't run."""
     form = settings.get("checkpoint_format") or "gptq"
-    require(form in ("gptq", "gptq_v2"), "vllm", "checkpoint_format", "gptq or gptq_v2", form)
+    require(form in ("gptq", "gptq_v2"), "quantization_config", "checkpoint_format", "gptq or gptq_v2", form)
     for own in (settings, *(settings | rule for rule in (settings.get("dynamic") or {}).values() if rule)):
         bits, group = own.get("bits"), own.get("group_size")
-        require(bits in BITS, "vllm", "bits", "one of 2, 3, 4, 8", bits)
-        require(isinstance(group, int) and (group == -1 or group > 0), "vllm", "group_size", "-1 or positive", group)
+        require(bits in BITS, "quantization_config", "bits", "one of 2, 3, 4, 8", bits)
+        require(isinstance(group, int) and (group == -1 or group > 0), "quantization_config", "group_size", "-1 or positive", group)
         ordered = bool(own.get("desc_act")) and group != -1 and not (own.get("meta") or {}).get("static_groups")
-        require(not ordered, "vllm", "desc_act", "false (columns in the order of their groups)", True)
+        require(not ordered, "quantization_config", "desc_act", "false (columns in the order of their groups)", True)
 
 
 def packings(settings: dict[str, Any], names: Sequence[str], stored: frozenset[str] | None) -> list[Packing]:

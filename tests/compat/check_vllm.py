@@ -1,0 +1,145 @@
+"""vLLM with the plugin against normtweak.load. Run it with a Python that has both (`make compat` makes one):
+
+python tests/compat/check_vllm.py FOLDER ... [--seconds 120]   greedy text of 8 prompts over HTTP, streaming, 16 clients for so long, memory
+python tests/compat/check_vllm.py --parallel                   two CPU ranks on small models that are made here, and one whose heads don't divide
+
+A line for each check; the exit code is 1 when one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import normtweak
+from endpoint import Endpoint, serve
+from small_models import make_model
+
+PROMPTS = [
+    "The capital of France is", "Once upon a time there was", "def fibonacci(n):", "Water boils at", "The three primary colours are",
+    "To make a cup of tea,", "In 1969 the first", "The opposite of hot is",
+]  # fmt: skip
+TOKENS, CLIENTS = 32, 16
+# Memory may still grow by so much after the first fifth of the time: allocators settle late.
+GROWTH = 1.03
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+failures: list[str] = []
+
+
+def report(name: str, good: bool, detail: str) -> None:
+    print(f"{'ok  ' if good else 'FAIL'} {name}: {detail}", flush=True)
+    if not good:
+        failures.append(name)
+
+
+def expected(folder: str, prompts: list[str], tokens: int) -> list[str]:
+    """What transformers' generate writes with packed linears, in float32."""
+    model, tokenizer = normtweak.load(folder, dtype=torch.float32), normtweak.load_tokenizer(folder)
+    texts = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        output = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+def command(folder: str, *options: str) -> list[str]:
+    length = ["--max-model-len", "512"] if not any(option == "--max-model-len" for option in options) else []
+    return ["normtweak", "serve", folder, "--engine", "vllm", "--", "--dtype", "float32", "--enforce-eager", *length, *options]
+
+
+def compare(name: str, endpoint: Endpoint, prompts: list[str], wanted: list[str], tokens: int) -> None:
+    got = [endpoint.complete(prompt, tokens) for prompt in prompts]
+    same = sum(a == b for a, b in zip(got, wanted, strict=True))
+    first = next((f"; first other: {a!r} for {b!r}" for a, b in zip(got, wanted, strict=True) if a != b), "")
+    report(f"{name} greedy text", same == len(prompts), f"{same} of {len(prompts)} prompts equal over {tokens} tokens{first}")
+
+
+def load_test(name: str, endpoint: Endpoint, seconds: float) -> None:
+    """So many clients at once, each with one request after the other."""
+    counts, errors = [0] * CLIENTS, []
+    end = time.monotonic() + seconds
+
+    def client(number: int) -> None:
+        while time.monotonic() < end:
+            try:
+                endpoint.complete(PROMPTS[(number + counts[number]) % len(PROMPTS)] * (1 + number % 3), 16 + 4 * number)
+                counts[number] += 1
+            except Exception as error:  # noqa: BLE001  (whatever it is, it counts)
+                errors.append(repr(error))
+                return
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    time.sleep(seconds / 5)
+    before = endpoint.memory()
+    for thread in threads:
+        thread.join()
+    after = endpoint.memory()
+    report(f"{name} clients", not errors, f"{CLIENTS} for {seconds:.0f} s, {sum(counts)} requests, {len(errors)} errors {errors[:1]}")
+    detail = f"{before / 1e6:.0f} MB after a fifth of the time, {after / 1e6:.0f} MB at the end"
+    report(f"{name} memory", after <= GROWTH * before, detail)
+
+
+def check(folder: str, seconds: float) -> None:
+    name = Path(folder).name
+    wanted = expected(folder, PROMPTS, TOKENS)
+    with serve(command(folder), folder, ENVIRONMENT) as endpoint:
+        compare(name, endpoint, PROMPTS, wanted, TOKENS)
+        pieces = endpoint.stream_chat("What is the capital of France?", 16)
+        report(f"{name} streaming", len(pieces) > 1, f"{len(pieces)} pieces: {''.join(pieces)!r}")
+        if seconds:
+            load_test(name, endpoint, seconds)
+
+
+def check_parallel() -> None:
+    """576 columns in groups of 64, halved, cut a group; so does K = 96 in groups of 32 into three ranks' worth of words."""
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = {"hidden_size": 128, "intermediate_size": 576, "head_dim": 32, "num_hidden_layers": 3, "tie_word_embeddings": True}
+        model = make_model(Path(folder) / "float", **sizes)
+        small = ["--calibration", "random", "--samples", "4", "--length", "24", "--no-tweak"]
+        settings = {
+            "W2 g64 asymmetric": ["--bits", "2", "--group-size", "64", "--asymmetric"], "W3 g64": ["--bits", "3", "--group-size", "64"],
+            "W4 per-channel, v_proj 8 bits g32": ["--bits", "4", "--module", "v_proj=8:32"],
+        }  # fmt: skip
+        for number, (name, options) in enumerate(settings.items()):
+            out = str(Path(folder) / f"packed{number}")
+            subprocess.run(
+                [sys.executable, "-m", "normtweak", "quantize", str(model), "--out", out, *small, *options], check=True, capture_output=True
+            )
+            prompts = [prompt[:20] for prompt in PROMPTS]
+            wanted = expected(out, prompts, 32)
+            for ranks in (1, 2):
+                parallel = ["--tensor-parallel-size", str(ranks), "--max-model-len", "128"]
+                environment = ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(ranks))}
+                with serve(command(out, *parallel), out, environment) as endpoint:
+                    compare(f"{name}, {ranks} ranks", endpoint, prompts, wanted, 32)
+        odd = make_model(Path(folder) / "odd", hidden_size=96, num_attention_heads=3, num_key_value_heads=3, head_dim=32)
+        result = subprocess.run([sys.executable, "-m", *command(str(odd), "--tensor-parallel-size", "2")], capture_output=True, text=True)
+        report("heads that don't divide", result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr.strip()[-200:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*")
+    parser.add_argument("--seconds", type=float, default=120, help="of the test with 16 clients; 0 leaves it out")
+    parser.add_argument("--parallel", action="store_true")
+    options = parser.parse_args()
+    for folder in options.folders:
+        check(folder, options.seconds)
+    if options.parallel:
+        check_parallel()
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
