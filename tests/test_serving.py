@@ -32,7 +32,7 @@ def test_vllm_is_run_where_it_is_installed(packed, with_vllm):
     code, _, stderr = in_process("serve", packed, "--", "--tensor-parallel-size", "2", "--dtype=float32")
     assert (code, stderr) == (0, "")
     (command,) = with_vllm
-    assert command[:4] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    assert command[:4] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     assert command[4:] == [str(packed), "--host", "127.0.0.1", "--port", "8000", "--tensor-parallel-size", "2", "--dtype=float32"]
 
 
@@ -104,3 +104,13 @@ def test_a_folder_is_checked_before_an_engine_starts(packed, with_vllm, tmp_path
 def test_a_float_folder_is_served_too(tmp_path, with_vllm):
     assert in_process("serve", make_model(tmp_path / "float"))[0] == 0
     assert len(with_vllm) == 1
+
+
+def test_a_checkpoint_names_its_class_also_where_the_float_model_does_not(small_model, tmp_path):
+    folder = shutil.copytree(small_model, tmp_path / "float")
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("architectures") == ["LlamaForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+    code, _, stderr = in_process("quantize", folder, "--out", tmp_path / "out", "--method", "rtn", "--no-tweak", *SMALL)
+    assert code == 0, stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]

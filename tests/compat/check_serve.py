@@ -1,7 +1,7 @@
-"""vLLM with the plugin against normtweak.load. Run it with a Python that has both (`make compat` makes one):
+"""`normtweak serve` against normtweak.load. Run it with a Python that has vLLM, or transformers' server (`make compat` makes them):
 
-python tests/compat/check_vllm.py FOLDER ... [--seconds 120]   greedy text of 8 prompts over HTTP, streaming, 16 clients for so long, memory
-python tests/compat/check_vllm.py --parallel                   two CPU ranks on small models that are made here, and one whose heads don't divide
+python tests/compat/check_serve.py FOLDER ... [--engine vllm]   greedy text of 8 prompts over HTTP, streaming, 16 clients for so many --seconds, memory
+python tests/compat/check_serve.py --parallel                   two CPU ranks on small models that are made here, and one whose heads don't divide
 
 A line for each check; the exit code is 1 when one failed.
 """
@@ -27,6 +27,7 @@ PROMPTS = [
     "The capital of France is", "Once upon a time there was", "def fibonacci(n):", "Water boils at", "The three primary colours are",
     "To make a cup of tea,", "In 1969 the first", "The opposite of hot is",
 ]  # fmt: skip
+QUESTION = "What is the capital of France?"
 TOKENS, CLIENTS = 32, 16
 # Memory may still grow by so much after the first fifth of the time: allocators settle late.
 GROWTH = 1.03
@@ -40,20 +41,20 @@ def report(name: str, good: bool, detail: str) -> None:
         failures.append(name)
 
 
-def expected(folder: str, prompts: list[str], tokens: int) -> list[str]:
-    """What transformers' generate writes with packed linears, in float32."""
+def expected(folder: str, prompts: list[str], tokens: int, question: str | None = None) -> list[str]:
+    """What transformers' generate writes with packed linears, in float32, after the prompts and after the question in the chat template."""
     model, tokenizer = normtweak.load(folder, dtype=torch.float32), normtweak.load_tokenizer(folder)
-    texts = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        output = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-        texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-    return texts
+    inputs = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
+    if question is not None:
+        chat = [{"role": "user", "content": question}]
+        inputs.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids)
+    outputs = [model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0, ids.shape[1] :] for ids in inputs]
+    return [tokenizer.decode(output, skip_special_tokens=True) for output in outputs]
 
 
-def command(folder: str, *options: str) -> list[str]:
-    length = ["--max-model-len", "512"] if not any(option == "--max-model-len" for option in options) else []
-    return ["normtweak", "serve", folder, "--engine", "vllm", "--", "--dtype", "float32", "--enforce-eager", *length, *options]
+def command(folder: str, engine: str, *options: str) -> list[str]:
+    own = ["--enforce-eager", "--max-model-len", "512"] if engine == "vllm" else []
+    return ["normtweak", "serve", folder, "--engine", engine, "--", "--dtype", "float32", *own, *options]
 
 
 def compare(name: str, endpoint: Endpoint, prompts: list[str], wanted: list[str], tokens: int) -> None:
@@ -90,19 +91,20 @@ def load_test(name: str, endpoint: Endpoint, seconds: float) -> None:
     report(f"{name} memory", after <= GROWTH * before, detail)
 
 
-def check(folder: str, seconds: float) -> None:
-    name = Path(folder).name
-    wanted = expected(folder, PROMPTS, TOKENS)
-    with serve(command(folder), folder, ENVIRONMENT) as endpoint:
+def check(folder: str, engine: str, seconds: float) -> None:
+    name = f"{engine}, {Path(folder).name}"
+    *wanted, answer = expected(folder, PROMPTS, TOKENS, QUESTION)
+    with serve(command(folder, engine), folder, ENVIRONMENT) as endpoint:
         compare(name, endpoint, PROMPTS, wanted, TOKENS)
-        pieces = endpoint.stream_chat("What is the capital of France?", 16)
-        report(f"{name} streaming", len(pieces) > 1, f"{len(pieces)} pieces: {''.join(pieces)!r}")
+        pieces = endpoint.stream_chat(QUESTION, TOKENS)
+        good = "".join(pieces) == answer and (len(pieces) > 1 or len(answer) < 10)
+        report(f"{name} streamed chat", good, f"{len(pieces)} pieces: {''.join(pieces)!r}" + ("" if good else f" for {answer!r}"))
         if seconds:
             load_test(name, endpoint, seconds)
 
 
 def check_parallel() -> None:
-    """576 columns in groups of 64, halved, cut a group; so does K = 96 in groups of 32 into three ranks' worth of words."""
+    """576 columns in groups of 64, halved, cut a group."""
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"hidden_size": 128, "intermediate_size": 576, "head_dim": 32, "num_hidden_layers": 3, "tie_word_embeddings": True}
         model = make_model(Path(folder) / "float", **sizes)
@@ -121,21 +123,22 @@ def check_parallel() -> None:
             for ranks in (1, 2):
                 parallel = ["--tensor-parallel-size", str(ranks), "--max-model-len", "128"]
                 environment = ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(ranks))}
-                with serve(command(out, *parallel), out, environment) as endpoint:
+                with serve(command(out, "vllm", *parallel), out, environment) as endpoint:
                     compare(f"{name}, {ranks} ranks", endpoint, prompts, wanted, 32)
         odd = make_model(Path(folder) / "odd", hidden_size=96, num_attention_heads=3, num_key_value_heads=3, head_dim=32)
-        result = subprocess.run([sys.executable, "-m", *command(str(odd), "--tensor-parallel-size", "2")], capture_output=True, text=True)
+        result = subprocess.run([sys.executable, "-m", *command(str(odd), "vllm", "--tensor-parallel-size", "2")], capture_output=True, text=True)
         report("heads that don't divide", result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr.strip()[-200:])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*")
+    parser.add_argument("--engine", choices=["vllm", "transformers"], default="vllm")
     parser.add_argument("--seconds", type=float, default=120, help="of the test with 16 clients; 0 leaves it out")
     parser.add_argument("--parallel", action="store_true")
     options = parser.parse_args()
     for folder in options.folders:
-        check(folder, options.seconds)
+        check(folder, options.engine, options.seconds)
     if options.parallel:
         check_parallel()
     sys.exit(bool(failures))
