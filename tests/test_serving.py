@@ -47,6 +47,20 @@ def test_transformers_is_run_where_vllm_is_not(packed, monkeypatch):
     assert ran == [(packed, "0.0.0.0", 8123, ["--dtype", "float32"])]
 
 
+def test_transformers_server_lists_the_folder(packed, monkeypatch):
+    from transformers.cli import transformers as command_line
+    from transformers.cli.serving.model_manager import ModelManager
+
+    from normtweak.integrations import transformers_serve
+
+    ran = []
+    monkeypatch.setattr(command_line, "app", lambda arguments, **kwargs: ran.append(arguments))
+    monkeypatch.setattr(ModelManager, "get_gen_models", ModelManager.get_gen_models)  # and back at the end
+    transformers_serve.run(packed, "127.0.0.1", 8000, ["--dtype", "float32"])
+    assert ran == [["serve", str(packed), "--host", "127.0.0.1", "--port", "8000", "--dtype", "float32"]]
+    assert [model["id"] for model in ModelManager.get_gen_models()] == [str(packed)]
+
+
 def test_a_revision_in_the_path_is_refused(packed, monkeypatch):
     monkeypatch.setattr(serving, "SERVING_PACKAGES", ())
     copy = shutil.copytree(packed, packed.parent / "a@b")

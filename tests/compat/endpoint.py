@@ -37,6 +37,12 @@ class Endpoint:
         with self.post("/v1/completions", {"prompt": prompt, "max_tokens": tokens, "temperature": 0} | body) as response:
             return json.load(response)["choices"][0]["text"]
 
+    def complete_ids(self, prompt: list[int], tokens: int) -> list[int]:
+        """Greedy token ids after a prompt's (vLLM alone gives them), past an end-of-text."""
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        with self.post("/v1/completions", body) as response:
+            return json.load(response)["choices"][0]["token_ids"]
+
     def stream_chat(self, content: str, tokens: int) -> list[str]:
         """The pieces of a streamed answer."""
         body = {"messages": [{"role": "user", "content": content}], "max_tokens": tokens, "temperature": 0, "stream": True}
