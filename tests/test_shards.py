@@ -84,6 +84,7 @@ def test_a_shard_in_one_group_is_one_group():
     assert Shard(4, 128, 512, 32, 96).local_group == 64
     assert Shard(4, -1, 500, 250, 500).local_group == 250
     assert Shard(4, 64, 576, 0, 576).local_group == 64
+    assert Shard(4, 64, 256, 32, 160).local_group == 32  # the first group is cut where no multiple of the shard's length lies
 
 
 def test_the_whole_is_what_the_checkpoint_reader_makes():
