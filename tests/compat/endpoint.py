@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -117,7 +116,7 @@ def _stop(process: subprocess.Popen) -> None:
     if process.poll() is None:
         for paused in [*children, psutil.Process(process.pid)]:
             paused.resume()
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
