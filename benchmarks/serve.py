@@ -1,6 +1,6 @@
 """Tokens per second over HTTP: vLLM with packed linears beside vLLM's bfloat16 and, for 4 bits per channel or in groups, its own GPTQ kernel.
 
-python benchmarks/serve.py W4_FOLDER [FOLDER ...] [--batches 1 16] [--rounds 7] [--eager]
+python benchmarks/serve.py W4_FOLDER [FOLDER ...] [--float smollm2-135m] [--batches 1 16] [--rounds 7] [--eager]
 
 Run it with a Python that has vLLM and normtweak. All servers are started first; all but the one that is measured are stopped (SIGSTOP), round after round.
 Servers bind their threads to cores by themselves; VLLM_CPU_OMP_THREADS_BIND chooses other ones.
@@ -27,7 +27,7 @@ PROMPT = "Item {} of the list of things to know about the ocean is that"
 COMMON = ["--max-model-len", "512", "--dtype", "bfloat16"]
 
 
-def contenders(folders: list[str], eager: bool) -> dict[str, tuple[list[str], str, dict[str, str]]]:
+def contenders(folders: list[str], unpacked: str, eager: bool) -> dict[str, tuple[list[str], str, dict[str, str]]]:
     """Name -> command, model, environment."""
     options = [*COMMON, *(["--enforce-eager"] if eager else [])]
 
@@ -36,8 +36,8 @@ def contenders(folders: list[str], eager: bool) -> dict[str, tuple[list[str], st
 
     # its default for 4 bits on a CPU, 8-bit activations, fails at K = 576 per channel
     own_kernel = {"VLLM_CPU_INT4_W4A8": "0"}
-    embedded = str(models.resolve(models.EMBEDDED))
-    found = {"vLLM bf16": (command(embedded), embedded, {})}
+    plain = str(models.resolve(unpacked))
+    found = {"vLLM bf16": (command(plain), plain, {})}
     for folder in folders:
         settings = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
         kind = f"W{settings['bits']} " + ("per channel" if settings["group_size"] == -1 else f"g{settings['group_size']}")
@@ -78,13 +78,14 @@ def measure(running: dict[str, Endpoint], batches: list[int], rounds: int) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    parser.add_argument("--float", default=models.EMBEDDED, metavar="MODEL", help="the float model beside them")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--eager", action="store_true", help="without torch.compile, which takes minutes the first time")
     options = parser.parse_args()
     with ExitStack() as stack:
         running = {}
-        for name, (command, model, environment) in contenders(options.folders, options.eager).items():
+        for name, (command, model, environment) in contenders(options.folders, options.float, options.eager).items():
             running[name] = stack.enter_context(serve(command, model, {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"} | environment))
         speeds = measure(running, options.batches, options.rounds)
     print(f"vLLM {vllm.__version__}, {TOKENS} tokens a request, median of {options.rounds} interleaved rounds")
