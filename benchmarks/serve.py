@@ -60,10 +60,8 @@ def seconds(endpoint: Endpoint, batch: int, number: int) -> float:
 
 
 def measure(running: dict[str, Endpoint], batches: list[int], rounds: int) -> dict[tuple[str, int], float]:
-    """Median tokens per second of each contender and batch, after one round that isn't counted."""
+    """Median tokens per second of each contender, which are all paused, and batch; after one round that isn't counted."""
     times: dict[tuple[str, int], list[float]] = {(name, batch): [] for name in running for batch in batches}
-    for endpoint in running.values():
-        endpoint.pause()
     for number in range(rounds + 1):
         for name, endpoint in running.items():
             endpoint.resume()
@@ -87,6 +85,7 @@ def main() -> None:
         running = {}
         for name, (command, model, environment) in contenders(options.folders, options.float, options.eager).items():
             running[name] = stack.enter_context(serve(command, model, {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"} | environment))
+            running[name].pause()
         speeds = measure(running, options.batches, options.rounds)
     print(f"vLLM {vllm.__version__}, {TOKENS} tokens a request, median of {options.rounds} interleaved rounds")
     for batch in options.batches:
