@@ -15,6 +15,7 @@ from .commands.generate import generate
 from .commands.inspect import inspect
 from .commands.paper import paper
 from .commands.quantize import quantize
+from .commands.serve import serve
 from .terminal import errors
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.command()(quantize)
 app.command(name="eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)
+app.command()(serve)
 app.command()(bench)
 app.command()(demo)
 app.command()(paper)

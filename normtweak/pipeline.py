@@ -356,6 +356,8 @@ def _write_rest(plan: _Plan, head: dict[str, Tensor], writer: CheckpointWriter) 
     quantization = packed_config(plan.config, version("normtweak"), skipped)
     settings = plan.folder.config.to_dict()
     settings |= {"dtype": str(plan.stored_dtype).removeprefix("torch."), "quantization_config": quantization}
+    # transformers' server finds the model's class by it, and what GGUF files say lacks it
+    settings["architectures"] = settings.get("architectures") or [type(plan.model).__name__]
     if head:  # packed codes are no embedding
         settings["tie_word_embeddings"] = False
     writer.write_json("config.json", settings)

@@ -18,10 +18,10 @@ FLOORS = [
     {"cli"},
     {"commands"},
     {"demo", "paper"},
-    {"pipeline"},
+    {"pipeline", "serving"},
     {"loop", "polish", "evaluate", "integrations", "describe", "warm"},
     {"models", "text", "tasks"},
-    {"quantizers", "calibration", "checkpoint"},
+    {"quantizers", "calibration", "checkpoint", "shards"},
     {"losses", "families", "norms", "activations", "linear"},
     {"config", "estimates", "terminal"},
     {"progress", "memory", "files"},
@@ -29,7 +29,7 @@ FLOORS = [
 SIDEWAYS: set[tuple[str, str]] = set()
 # Heavy or optional packages, and the only files whose business they are.
 OWNERS = {
-    "transformers": {"models", "integrations/transformers"},
+    "transformers": {"models", "integrations/transformers", "integrations/transformers_serve"},
     "accelerate": {"models"},
     "huggingface_hub": {"models"},
     "safetensors": {"checkpoint", "models", "calibration/kept"},
