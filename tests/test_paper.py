@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cli import in_process
 
 from normtweak import models
 from normtweak.config import QuantizeConfig
@@ -17,6 +16,7 @@ from normtweak.paper.lab import Evaluation
 from normtweak.paper.run import Request, run
 from normtweak.paper.tables import Line, as_table, write_csv
 from normtweak.progress import Silent
+from test_cli import in_process
 
 CALIBRATION = {"samples": 4, "length": 24}
 
