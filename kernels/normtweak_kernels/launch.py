@@ -189,6 +189,7 @@ _SM_80 = DequantGemmGpuLists(
     int8=_INT8,
     backward=_BACKWARD,
 )
+_BACKWARD_TWO_STAGES = tuple(replace(config, num_stages=2) for config in _BACKWARD)
 # 100 KB of shared memory instead of A100's 164: two stages of bytes. Memory is slow beside arithmetic (A10 600 GB/s, L40S 864): all 8 rows.
 _SM_86 = replace(
     _SM_80,
@@ -210,10 +211,10 @@ DEQUANT_GEMM_GPU = {
         backward_first={},
     ),
     # B200: its memory is 2.4 times as fast as H100's, its float32 units are not.
-    "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=2, backward=tuple(replace(config, num_stages=2) for config in _BACKWARD)),
+    "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=2, backward=_BACKWARD_TWO_STAGES),
     # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth. Its tensor cores are slow beside its other units: 64 rows are enough for them,
     # and larger tiles spill.
-    "sm_120": replace(_SM_86, multiprocessors=170, gemv_max_rows=4, many_rows_first={}, backward_first={}),
+    "sm_120": replace(_SM_86, multiprocessors=170, gemv_max_rows=4, many_rows_first={}, backward=_BACKWARD_TWO_STAGES, backward_first={}),
     # MI300X: 64 KB of shared memory; a wavefront of 64 lanes does twice a warp's work. Above 2 rows their sums spill out of the registers, and so do
     # those of a wide gradient.
     "gfx942": replace(
@@ -226,7 +227,7 @@ DEQUANT_GEMM_GPU = {
             DequantGemmGpu(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=2),
         ),
         many_rows_first={},
-        backward=(DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=2),),
+        backward=_BACKWARD_TWO_STAGES,
         backward_first={},
     ),
 }

@@ -201,7 +201,12 @@ CASES = {
     "dequant_gemm, few rows": [
         partial(product_case, kind="few rows", bits=4, shapes=[(3, n, 192, 32) for _, n in FEW_ENDS], config=DequantGemvGpu(2, 1)),
         partial(
-            product_case, kind="few rows", bits=3, shapes=[(3, n, k + 128, -1) for _, n, k, _ in CHANNELS], config=DequantGemvGpu(2, 1), zeros=False
+            product_case,
+            kind="few rows",
+            bits=3,
+            shapes=[(3, n, k + more, -1) for more in (128, 144) for _, n, k, _ in CHANNELS],
+            config=DequantGemvGpu(2, 1),
+            zeros=False,
         ),
     ],
     "dequant_gemm, products scaled": [partial(product_case, kind="forward", bits=3, shapes=FEW_GROUPS, config=TILE)],
