@@ -136,7 +136,10 @@ class Stream:
 
     def call(self, block: Callable[..., Any], index: int, rows: slice | Tensor) -> Tensor:
         """Output [B, L, H] float32 of a block for some of the sequences; differentiable in the block's parameters."""
-        hidden = self.hidden[rows]
+        return self.send(block, index, self.hidden[rows])
+
+    def send(self, block: Callable[..., Any], index: int, hidden: Tensor) -> Tensor:
+        """Output [B, L, H] float32 of a block for hidden states [B, L, H]."""
         with computing(hidden.device.type, self.compute_dtype):
             args, named = self._calls.of(index, len(hidden))
             output = block(hidden, *args, **named)
@@ -147,9 +150,43 @@ class Stream:
         """Output [S, L, H] of a block for every sequence."""
         return torch.cat([self.call(block, index, rows) for rows in self.starts()])
 
+    def first(self, sequences: int) -> Stream:
+        """Of the first sequences alone."""
+        return self.moved(self.hidden[:sequences])
+
     def moved(self, hidden: Tensor) -> Stream:
         """The stream one block further."""
         return Stream(hidden, self._calls, self.batch_size, self.compute_dtype)
+
+
+class Passage:
+    """The calibration text's way through one block: what a quantizer is given to look at activations.
+
+    stream: what the block is given, None where no text is looked at. target: the float model's own output of this block [S, L, H], where it is known.
+    """
+
+    def __init__(self, block: nn.Module, index: int, stream: Stream | None, target: Tensor | None = None) -> None:
+        self.block, self.index, self.target = block, index, target
+        self._stream = stream
+        self.first_output: Tensor | None = None
+
+    @property
+    def stream(self) -> Stream:
+        """What the block is given. Raises ValueError where there is no text."""
+        if self._stream is None:
+            raise ValueError("quantize: this method must be given calibration text, got none")
+        return self._stream
+
+    @torch.no_grad()
+    def __call__(self, sequences: int | None = None) -> Tensor:
+        """The output [S, L, H] of the block as it is now, for the first `sequences` sequences, or for all; the first such pass is kept."""
+        stream = self.stream
+        if sequences is not None:
+            return stream.first(sequences).through(self.block, self.index)
+        output = stream.through(self.block, self.index)
+        if self.first_output is None:
+            self.first_output = output
+        return output
 
 
 @contextmanager

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from . import losses, norms, quantizers
-from .activations import Stream, split_rows
+from .activations import Passage, Stream, split_rows
 from .config import QuantizeConfig, TweakConfig
+from .families import Family
+from .folding import folds_of
 from .linear import PackedLinear, quantizable_linears, replace
 from .progress import Progress
 
@@ -56,18 +58,19 @@ def quantize_blocks(
     stream: Stream | None,
     config: QuantizeConfig,
     progress: Progress,
+    family: Family | None = None,
 ) -> tuple[list[BlockReport], Stream | None, Stream | None]:
     """Quantize and tweak `count` blocks in order; gives what happened to each, and behind the last one the stream and the float model's own
     (None when neither tweak nor polish looks at it).
 
     path: of the blocks in the model. open_block(l): block l with its float weights. close_block(l, block): called when block l is final, its linears packed.
-    stream: what the first block is given (None when the configuration looks at no text).
+    stream: what the first block is given (None when the configuration looks at no text). family: what is known of the model's.
     Raises ValueError, naming it, for a block without linears or norms.
     """
     quantizer = quantizers.find(config.method)
     tweak = config.tweak
     # The float model's own activations, kept beside the quantized ones when they are the target.
-    float_stream = stream if config.polish or (tweak and tweak.target_stream == "float") else None
+    float_stream = stream if config.polish or quantizer.wants_target or (tweak and tweak.target_stream == "float") else None
     reports = []
     with progress.task("quantizing", count) as advance:
         for index in range(count):
@@ -84,16 +87,16 @@ def quantize_blocks(
                 target = float_stream.through(block, index)
                 float_stream = float_stream.moved(target)
 
-            # 9: quantize; the quantizer's look at the activations is a pass of the quantized stream through the float block
-            seen: list[Tensor] = []
+            # 9: quantize; the quantizer's look at the activations is a pass of the quantized stream through the float block, in which it may move scales
+            passage = Passage(block, index, stream, target)
             with torch.no_grad():
-                weights = quantizer.quantize_block(linears, pass_through(block, index, stream, seen), config)
+                weights = quantizer.quantize_block(linears, passage, config, folds_of(block, place, family))
             if tweak and stream and tweak.target_stream == "quantized":
-                target = seen[0] if seen else stream.through(block, index)
+                target = stream.through(block, index) if passage.first_output is None else passage.first_output
 
             # 10: freeze
             for name, weight in weights.items():
-                replace(block, name.removeprefix(place), PackedLinear.from_weight(weight, linears[name].bias))
+                replace(block, name.removeprefix(place), PackedLinear.from_weight(weight, linears[name].bias, activations=config.packed_activations))
             block.requires_grad_(False)
 
             # 11-16: tweak; 17: the tweaked quantized output goes on
@@ -106,17 +109,6 @@ def quantize_blocks(
             reports.append(BlockReport(index, time.perf_counter() - began, before, after))
             advance(str(reports[-1]))
     return reports, stream, float_stream
-
-
-def pass_through(block: nn.Module, index: int, stream: Stream | None, seen: list[Tensor]) -> Callable[[], None]:
-    """A call that sends the stream through the block and keeps the output in `seen`."""
-
-    def run() -> None:
-        if stream is None:
-            raise ValueError("quantize: this method must be given calibration text, got none")
-        seen.append(stream.through(block, index))
-
-    return run
 
 
 def tweak_block(block: nn.Module, index: int, count: int, stream: Stream, target: Tensor, config: TweakConfig, seed: int) -> tuple[float, float]:

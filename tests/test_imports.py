@@ -22,6 +22,7 @@ FLOORS = [
     {"loop", "polish", "evaluate", "integrations", "describe", "warm"},
     {"models", "text", "tasks"},
     {"quantizers", "calibration", "checkpoint"},
+    {"folding", "inputs", "rounding"},
     {"losses", "families", "norms", "activations", "linear"},
     {"config", "estimates", "terminal"},
     {"progress", "memory"},
@@ -38,10 +39,11 @@ OWNERS = {
     "datasets": set(),
     "vllm": {"integrations/vllm"},
     "lm_eval": {"evaluate"},
+    "auto_round": {"quantizers/autoround"},
     "matplotlib": set(),
     "normtweak_kernels": None,
 }
-LAZY = {"transformers", "accelerate", "huggingface_hub", "vllm", "lm_eval"}
+LAZY = {"transformers", "accelerate", "huggingface_hub", "vllm", "lm_eval", "auto_round"}
 
 
 def imports(path):

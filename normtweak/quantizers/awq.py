@@ -1,0 +1,104 @@
+"""AWQ: the input channels that matter get a larger scale before rounding, and give it back in the norm or linear that feeds them (arXiv 2306.00978)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normtweak_kernels import QuantizedWeight
+
+from ..config import QuantizeConfig
+from ..folding import Fold, balanced
+from ..inputs import HessianCollector
+from ..rounding import Solver, nearest
+from . import Quantizer, Run
+
+logger = logging.getLogger(__name__)
+
+# The grid of the exponent, as in the paper (section 3.2): alpha = 0 is no scale at all.
+STEPS = 20
+# So many rows of a weight, evenly spaced, tell one exponent from another: rows are rounded independently of each other.
+ROWS = 256
+# The smallest channel's magnitude beside the largest: a channel that hardly ever speaks shall not push the others' scales to extremes.
+FLOOR = 1e-4
+
+
+@dataclass
+class Input:
+    """What linears with one input are given: H = X^T X / T, float32 [K, K], and the number of tokens T."""
+
+    names: list[str]
+    hessian: Tensor
+    tokens: int
+
+
+class AWQ(Quantizer):
+    """s = rms(x)^alpha per input channel, alpha on a grid, by the error of the linears' outputs on the calibration text; then rounding with a clip search.
+
+    The paper measures the error at the output of the attention or MLP and takes mean |x|; here it is sum over the readers of
+    tr(D H D^T) / tr(W H W^T), D = Q(W s) / s - W, the relative error of their outputs over all calibration tokens, which the Hessian gives without another pass;
+    and its diagonal gives the root of the mean square.
+    """
+
+    def quantize_block(
+        self, linears: Mapping[str, nn.Linear], run: Run, config: QuantizeConfig, folds: Sequence[Fold] = ()
+    ) -> dict[str, QuantizedWeight]:
+        """See Quantizer. An expert's linears that too few tokens were routed to are rounded with plain min-max ranges."""
+        configs = {name: own for name in linears if (own := config.for_module(name))}
+        collector = HessianCollector({name: linears[name] for name in configs})
+        with collector.attached():
+            run()
+        shared = list(collector.shared())
+        inputs = [Input(names, hessian, collector.tokens(names[0])) for names, hessian in shared if hessian is not None]
+        for fold in folds:
+            read = [given for given in inputs if fold.readers.keys() & set(given.names)]
+            scale = find_scale(read, linears, configs)
+            if scale is not None:
+                fold.apply(scale)
+                for given in read:
+                    given.hessian.div_(scale[:, None] * scale)
+        result = {name: nearest(linears[name].weight, configs[name]) for names, hessian in shared if hessian is None for name in names}
+        for given in inputs:
+            result |= _rounded(given, linears, configs, config)
+        return {name: result[name] for name in configs}
+
+
+def find_scale(inputs: Sequence[Input], linears: Mapping[str, nn.Linear], configs: Mapping[str, QuantizeConfig]) -> Tensor | None:
+    """The scale [K] with the least relative output error of the linears that read the channels; None when no scale does better than none."""
+    if not inputs:
+        return None
+    magnitude = torch.stack([given.hessian.diagonal() * given.tokens for given in inputs]).sum(0).sqrt()
+    if magnitude.max() == 0:
+        return None
+    magnitude = balanced(magnitude.clamp(min=FLOOR * float(magnitude.max())))
+    candidates = [magnitude.pow(step / STEPS) for step in range(STEPS)]
+    errors = [sum(output_error(given, linears, configs, scale) * given.tokens for given in inputs) for scale in candidates]
+    best = min(range(STEPS), key=errors.__getitem__)
+    logger.debug("awq: alpha %.2f, error %.4g of %.4g, for %s", best / STEPS, errors[best], errors[0], inputs[0].names[0])
+    return candidates[best] if best else None
+
+
+def output_error(given: Input, linears: Mapping[str, nn.Linear], configs: Mapping[str, QuantizeConfig], scale: Tensor) -> float:
+    """sum over the linears of tr(D H D^T) / tr(W H W^T) with D = Q(W s) / s - W, of some of their rows."""
+    importance = given.hessian.diagonal() / scale.square()
+    total = 0.0
+    for name in given.names:
+        weight = linears[name].weight.detach()
+        weight = weight[:: max(1, len(weight) // ROWS)]
+        difference = nearest(weight * scale, configs[name], importance).dequantize() / scale - weight
+        energy = ((weight @ given.hessian) * weight).sum().clamp(min=torch.finfo(torch.float32).tiny)
+        total += float(((difference @ given.hessian) * difference).sum() / energy)
+    return total
+
+
+def _rounded(
+    given: Input, linears: Mapping[str, nn.Linear], configs: Mapping[str, QuantizeConfig], config: QuantizeConfig
+) -> dict[str, QuantizedWeight]:
+    if config.rounding == "gptq":
+        solver = Solver(given.hessian, config, " ".join(given.names))
+        return {name: solver.quantize(linears[name].weight, configs[name]) for name in given.names}
+    return {name: nearest(linears[name].weight, configs[name], given.hessian.diagonal().contiguous()) for name in given.names}
