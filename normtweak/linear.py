@@ -77,7 +77,7 @@ class PackedLinear(nn.Module):
 
     def to_gptq(self) -> dict[str, Tensor]:
         """The tensors of a GPTQ v1 checkpoint: qweight, qzeros, scales, g_idx (and bias)."""
-        zeros = torch.full(self.scales.shape, 2 ** (self.bits - 1), dtype=torch.uint8) if self.zeros is None else self.zeros
+        zeros = torch.full_like(self.scales, 2 ** (self.bits - 1), dtype=torch.uint8) if self.zeros is None else self.zeros
         tensors = {
             "qweight": repack_to_gptq(self.qweight, self.bits, self.out_features, self.in_features),
             "qzeros": packing.pack_gptq_zeros(zeros, self.bits),

@@ -25,6 +25,7 @@ Activations = Annotated[
         show_default="as the checkpoint says",
     ),
 ]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
 
 
 class TerminalProgress:

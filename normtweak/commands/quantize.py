@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..terminal import Model, TerminalProgress, console
+from ..terminal import Device, Model, TerminalProgress, console
 
 
 def quantize(
@@ -46,6 +46,7 @@ def quantize(
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same bytes.", show_default="0")] = None,
+    device: Device = "auto",
     config: Annotated[Path | None, typer.Option(help="JSON file of QuantizeConfig settings; options given here win.", show_default=False)] = None,
 ) -> None:
     """Quantize MODEL block by block, tweak each block's norms, polish them all together, write a packed checkpoint (GPTQ v1 layout)."""
@@ -68,7 +69,7 @@ def quantize(
         settings["tweak"] = None
     if no_tweak or no_polish:
         settings["polish"] = None
-    report = pipeline.quantize(model, out=out, config=QuantizeConfig.preset(preset, **settings), progress=TerminalProgress())
+    report = pipeline.quantize(model, out=out, config=QuantizeConfig.preset(preset, **settings), progress=TerminalProgress(), device=device)
     if report.polish:
         console.print(f"polish: {report.polish}", highlight=False)
     console.print(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from normtweak_kernels import QuantizedWeight
 
-from ..activations import Passage
+from ..activations import Passage, Stream
 from ..config import QuantizeConfig, require
 from ..folding import Fold
 from ..linear import replace
@@ -55,7 +55,7 @@ class AutoRound(Quantizer):
             for name, own in configs.items():
                 settings[names[id(copies[name])]] = {"bits": own.bits, "group_size": own.group_size, "sym": own.symmetric}
             with quiet(), torch.random.fork_rng(devices=[]), torch.enable_grad():
-                _learn(model, run.stream.hidden, target, settings, config)
+                _learn(model, run.stream, target, settings, config)
         return {name: found(copies[name], own) for name, own in configs.items()}
 
 
@@ -104,24 +104,25 @@ class _Model(nn.Module):
         self.config: Any = SimpleNamespace(architectures=[], model_type="normtweak", _name_or_path="", to_dict=dict)
 
 
-def _learn(model: _Model, hidden: Tensor, target: Tensor, settings: dict[str, dict[str, Any]], config: QuantizeConfig) -> None:
+def _learn(model: _Model, stream: Stream, target: Tensor, settings: dict[str, dict[str, Any]], config: QuantizeConfig) -> None:
     """Leaves the learned scale and zero point in each linear as attributes `scale` and `zp`, and the dequantized weight in its place."""
     import auto_round
     from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
     from auto_round.schemes import QuantizationScheme
 
     scheme = QuantizationScheme(bits=config.bits, group_size=config.group_size, sym=config.symmetric, data_type="int", act_bits=16)
+    hidden, device = stream.hidden, str(stream.device)
     samples, length = hidden.shape[:2]
     learner = auto_round.AutoRound(
         model=model, tokenizer="", scheme=scheme, alg_configs=SignRoundConfig(iters=config.rounding_iterations), layer_config=settings,
-        nsamples=samples, seqlen=length, batch_size=min(BATCH, samples), seed=config.seed, device_map=str(hidden.device),
+        nsamples=samples, seqlen=length, batch_size=min(BATCH, samples), seed=config.seed, device_map=device,
         amp=False, enable_torch_compile=False, low_cpu_mem_usage=False,
     )  # fmt: skip
     learner.post_init()
     inputs: list[Any] = [(((row,), {}),) for row in hidden.split(1)]
     learner.quantize_block(
         block=model.model.layers[0], inputs=inputs, q_input=list(hidden.split(1)), reference_output=list(target.split(1)),
-        device=str(hidden.device), auto_offload=False,
+        device=device, auto_offload=False,
     )  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def find_scale(inputs: Sequence[Input], linears: Mapping[str, nn.Linear], config
     magnitude = torch.stack([given.hessian.diagonal() * given.tokens for given in inputs]).sum(0).sqrt()
     if magnitude.max() == 0:
         return None
-    magnitude = balanced(magnitude.clamp(min=FLOOR * float(magnitude.max())))
+    magnitude = balanced(magnitude.clamp(min=FLOOR * magnitude.max().item()))
     candidates = [magnitude.pow(step / STEPS) for step in range(STEPS)]
     errors = [sum(output_error(given, linears, configs, scale) * given.tokens for given in inputs) for scale in candidates]
     best = min(range(STEPS), key=errors.__getitem__)
@@ -91,7 +91,7 @@ def output_error(given: Input, linears: Mapping[str, nn.Linear], configs: Mappin
         weight = weight[:: max(1, len(weight) // ROWS)]
         difference = nearest(weight * scale, configs[name], importance).dequantize() / scale - weight
         energy = ((weight @ given.hessian) * weight).sum().clamp(min=torch.finfo(torch.float32).tiny)
-        total += float(((difference @ given.hessian) * difference).sum() / energy)
+        total += (((difference @ given.hessian) * difference).sum() / energy).item()
     return total
 
 

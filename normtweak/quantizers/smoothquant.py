@@ -68,8 +68,8 @@ class SmoothQuant(Quantizer):
         if not folds:
             return []
         target = run(SEQUENCES)
-        none = [torch.ones(fold.channels) for fold in folds]
-        candidates = {0.0: none} | {alpha: [smoothing(fold, largest, alpha) for fold in folds] for alpha in ALPHAS}
+        candidates = {alpha: [smoothing(fold, largest, alpha) for fold in folds] for alpha in ALPHAS}
+        candidates = {0.0: [torch.ones_like(scale) for scale in candidates[ALPHAS[0]]]} | candidates
         errors = {}
         for alpha, scales in candidates.items():
             with applied(folds, scales), packed(linears, rounded(linears, configs, moved(squares, folds, scales)), activations):
@@ -99,7 +99,7 @@ def smoothing(fold: Fold, largest: Mapping[str, Tensor], alpha: float) -> Tensor
     names = [name for name in fold.readers if name in largest]
     inputs = torch.stack([largest[name] for name in names]).amax(0)
     weights = torch.stack([fold.readers[name].get_parameter("weight").detach().abs().amax(0) for name in names]).amax(0)
-    inputs, weights = (values.clamp(min=max(FLOOR * float(values.max()), torch.finfo(torch.float32).tiny)) for values in (inputs, weights))
+    inputs, weights = (values.clamp(min=max(FLOOR * values.max().item(), torch.finfo(torch.float32).tiny)) for values in (inputs, weights))
     return balanced(inputs.pow(alpha) / weights.pow(1 - alpha))
 
 
@@ -132,4 +132,4 @@ def output_error(output: Tensor, target: Tensor) -> float:
     """Mean over tokens of |output - target|^2 / |target|^2, both [S, L, H]; position 0, where models keep a massive activation, is left out."""
     mask = torch.ones(target.shape[:2], dtype=torch.bool)
     mask[:, 0] = False
-    return float(losses.find("token_mse")(output, target, mask))
+    return losses.find("token_mse")(output, target, mask).item()
