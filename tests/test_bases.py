@@ -115,7 +115,7 @@ def test_awqs_scales_lower_the_error(bits, group_size, rounding):
 
 
 def test_awq_finds_the_exponent_of_least_error():
-    """The best of a search by hand over the outputs themselves; alpha = 0 and the largest are both worse."""
+    """The best of a search by hand over the outputs themselves."""
     chain, x = Chain(), with_outliers()
     linears, _ = chain.parts()
     collector = HessianCollector({"up": chain.up})
@@ -124,17 +124,19 @@ def test_awq_finds_the_exponent_of_least_error():
     ((_, hessian),) = collector.shared()
     one, config = awq.Input(["up"], hessian, 400), QuantizeConfig(bits=3)
     y = chain.norm(x)[0]
-    magnitude = y.square().mean(0).sqrt()
-    magnitude = magnitude / magnitude.log().mean().exp()
+    magnitude, weights = (values / values.log().mean().exp() for values in (y.square().mean(0).sqrt(), chain.up.weight.abs().mean(0)))
     errors = {}
-    for step in range(20):
-        scale = magnitude.pow(step / 20)
-        weight = nearest(chain.up.weight * scale, config, hessian.diagonal() / scale.square()).dequantize() / scale
-        errors[step] = ((y @ (weight - chain.up.weight).t()).square().sum() / (y @ chain.up.weight.t()).square().sum()).item()
-        assert awq.output_error(one, linears, {"up": config}, scale) == pytest.approx(errors[step], rel=1e-3)
-    best = min(errors, key=errors.get)
-    assert best not in (0, 19)
-    torch.testing.assert_close(awq.find_scale([one], linears, {"up": config}), magnitude.pow(best / 20), rtol=1e-4, atol=1e-4)
+    for with_weights in (False, True):
+        for step in range(awq.STEPS):
+            alpha = step / awq.STEPS
+            scale = magnitude.pow(alpha) / (weights.pow(1 - alpha) if with_weights else 1)
+            weight = nearest(chain.up.weight * scale, config, hessian.diagonal() / scale.square()).dequantize() / scale
+            errors[with_weights, step] = ((y @ (weight - chain.up.weight).t()).square().sum() / (y @ chain.up.weight.t()).square().sum()).item()
+            assert awq.output_error(one, linears, {"up": config}, scale) == pytest.approx(errors[with_weights, step], rel=1e-3)
+    with_weights, best = min(errors, key=errors.get)
+    assert errors[with_weights, best] < 0.7 * errors[False, 0]
+    wanted = magnitude.pow(best / awq.STEPS) / (weights.pow(1 - best / awq.STEPS) if with_weights else 1)
+    torch.testing.assert_close(awq.find_scale([one], linears, {"up": config}), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_awq_leaves_silent_inputs_alone():

@@ -19,8 +19,8 @@ from . import Quantizer, Run
 
 logger = logging.getLogger(__name__)
 
-# The grid of the exponent, as in the paper (section 3.2): alpha = 0 is no scale at all.
-STEPS = 20
+# Steps of the exponent's grid from 0 to 1 (the paper, section 3.2, has 20 of its one form).
+STEPS = 10
 # So many rows of a weight, evenly spaced, tell one exponent from another: rows are rounded independently of each other.
 ROWS = 256
 # The smallest channel's magnitude beside the largest: a channel that hardly ever speaks shall not push the others' scales to extremes.
@@ -37,9 +37,10 @@ class Input:
 
 
 class AWQ(Quantizer):
-    """s = rms(x)^alpha per input channel, alpha on a grid, by the error of the linears' outputs on the calibration text; then rounding with a clip search.
+    """s = rms(x)^alpha, or rms(x)^alpha / mean|W|^(1 - alpha), per input channel: form and alpha by the error of the linears' outputs on the calibration text.
 
-    The paper measures the error at the output of the attention or MLP and takes mean |x|; here it is sum over the readers of
+    Then rounding, with the clip search or with GPTQ. The first form is the paper's (alpha = 0 is no scale at all), the second that of its successors (AutoAWQ): channels with large
+    weights leave the others more levels. The paper measures the error at the output of the attention or MLP and takes mean |x|; here it is sum over the readers of
     tr(D H D^T) / tr(W H W^T), D = Q(W s) / s - W, the relative error of their outputs over all calibration tokens, which the Hessian gives without another pass;
     and its diagonal gives the root of the mean square.
     """
@@ -74,11 +75,12 @@ def find_scale(inputs: Sequence[Input], linears: Mapping[str, nn.Linear], config
     magnitude = torch.stack([given.hessian.diagonal() * given.tokens for given in inputs]).sum(0).sqrt()
     if magnitude.max() == 0:
         return None
-    magnitude = balanced(magnitude.clamp(min=FLOOR * magnitude.max().item()))
-    candidates = [magnitude.pow(step / STEPS) for step in range(STEPS)]
+    weights = torch.cat([linears[name].weight.detach() for given in inputs for name in given.names]).abs().mean(0)
+    magnitude, weights = (balanced(values.clamp(min=FLOOR * values.max().item())) for values in (magnitude, weights))
+    candidates = [magnitude.pow(step / STEPS) / (1 if paper else weights.pow(1 - step / STEPS)) for paper in (True, False) for step in range(STEPS)]
     errors = [sum(output_error(given, linears, configs, scale) * given.tokens for given in inputs) for scale in candidates]
-    best = min(range(STEPS), key=errors.__getitem__)
-    logger.debug("awq: alpha %.2f, error %.4g of %.4g, for %s", best / STEPS, errors[best], errors[0], inputs[0].names[0])
+    best = min(range(len(candidates)), key=errors.__getitem__)
+    logger.debug("awq: candidate %d, error %.4g of %.4g, for %s", best, errors[best], errors[0], inputs[0].names[0])
     return candidates[best] if best else None
 
 
