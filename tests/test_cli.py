@@ -149,6 +149,7 @@ def test_help_is_good_reading():
         ),
         (["quantize", "MODEL", "--out", "OUT", "--skip", "nothing"], "quantize: skip must be patterns found in a linear's path"),
         (["quantize", "MODEL", "--out", "MODEL"], "out must be a new or empty folder"),
+        (["quantize", "MODEL", "--out", "OUT", "--rounding", "gptq"], "rounding must be nearest for gptq, which rounds in its own way, got gptq"),
         (["quantize", "MODEL", "--out", "OUT", "--method", "magic"], "method must be one of gptq, rtn, awq, smoothquant, autoround, got magic"),
         (["quantize", "MODEL", "--out", "OUT", "--preset", "best"], "preset must be one of default, paper, got best"),
         (["quantize", "MODEL", "--out", "OUT", "--calibration", "none.txt", "--length", "24"], "source must be generated, random or a text file"),
