@@ -179,33 +179,47 @@ class Stream:
         return Stream(hidden, self._calls, self.batch_size, self.compute_dtype, self.device)
 
 
-class Passage:
-    """The calibration text's way through one block: what a quantizer is given to look at activations.
+class Passes:
+    """Calls that send the calibration text through a block that is being quantized, while whoever quantizes it watches.
 
-    stream: what the block is given, None where no text is looked at. target: the float model's own output of this block [S, L, H], where it is known.
+    A pass is through the block as it stands. The first of each stream is to be through its float weights, or what scales that moved left of them, which is the same function: its
+    output is kept.
     """
 
-    def __init__(self, block: nn.Module, index: int, stream: Stream | None, target: Tensor | None = None) -> None:
-        self.block, self.index, self.target = block, index, target
-        self._stream = stream
-        self.first_output: Tensor | None = None
+    def __init__(self, block: nn.Module, index: int, stream: Stream | None, float_stream: Stream | None) -> None:
+        self.block, self.index = block, index
+        self._streams = {"quantized": stream, "float": float_stream}
+        self._outputs: dict[str, Tensor] = {}
 
     @property
-    def stream(self) -> Stream:
-        """What the block is given. Raises ValueError where there is no text."""
-        if self._stream is None:
-            raise ValueError("quantize: this method must be given calibration text, got none")
-        return self._stream
+    def has_float(self) -> bool:
+        """Whether the float model's own activations are kept."""
+        return self._streams["float"] is not None
 
-    @torch.no_grad()
     def __call__(self, sequences: int | None = None) -> Tensor:
-        """The output [S, L, H] of the block as it is now, for the first `sequences` sequences, or for all; the first such pass is kept."""
-        stream = self.stream
+        """Send what the quantized blocks before gave, of the first `sequences` sequences or all; the output [S, L, H]."""
         if sequences is not None:
-            return stream.first(sequences).through(self.block, self.index)
-        output = stream.through(self.block, self.index)
-        if self.first_output is None:
-            self.first_output = output
+            return self.stream("quantized").first(sequences).through(self.block, self.index)
+        return self._send("quantized")
+
+    def of_float(self) -> Tensor:
+        """Send the float model's own activations; the output [S, L, H]."""
+        return self._send("float")
+
+    def output(self, name: str) -> Tensor:
+        """What the float block makes [S, L, H] of the stream "quantized" or "float"."""
+        return self._outputs[name] if name in self._outputs else self._send(name)
+
+    def stream(self, name: str) -> Stream:
+        """The stream "quantized" or "float". Raises ValueError where it isn't kept."""
+        stream = self._streams[name]
+        if stream is None:
+            raise ValueError("quantize: this method must be given calibration text, got none")
+        return stream
+
+    def _send(self, name: str) -> Tensor:
+        output = self.stream(name).through(self.block, self.index)
+        self._outputs.setdefault(name, output)
         return output
 
 

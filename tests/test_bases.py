@@ -12,7 +12,7 @@ from torch import nn
 import normtweak
 from normtweak import PackedLinear, QuantizeConfig, models, quantizers
 from normtweak.folding import Fold
-from normtweak.inputs import HessianCollector, RangeCollector
+from normtweak.inputs import HessianCollector, Inputs, RangeCollector
 from normtweak.quantizers import awq, smoothquant
 from normtweak.rounding import Solver, nearest
 from normtweak_kernels import dequant_gemm
@@ -116,9 +116,10 @@ def test_what_is_rounded_is_the_folded_weight_for_the_folded_input(method, round
     collector = HessianCollector(linears)
     with collector.attached():
         chain(x)
-    for names, hessian in collector.shared():
-        solver = Solver(hessian, config, "x")
-        for name in names:
+    for given_ in collector.shared():
+        hessian = given_.hessian
+        solver = Solver(hessian, config, "x", given_.tokens)
+        for name in given_.names:
             weight = linears[name].weight
             wanted = solver.quantize(weight, config) if rounding == "gptq" else nearest(weight, config, hessian.diagonal().contiguous())
             assert (found[name].codes != wanted.codes).float().mean() < 0.02, name  # sums in another order may flip a near tie
@@ -140,8 +141,8 @@ def test_awq_finds_the_exponent_of_least_error():
     collector = HessianCollector({"up": chain.up})
     with collector.attached():
         chain(x)
-    ((_, hessian),) = collector.shared()
-    one, config = awq.Input(["up"], hessian, 400), QuantizeConfig(bits=3)
+    (one,) = collector.shared()
+    hessian, config = one.hessian, QuantizeConfig(bits=3)
     y = chain.norm(x)[0]
     magnitude, weights = (values / values.log().mean().exp() for values in (y.square().mean(0).sqrt(), chain.up.weight.abs().mean(0)))
     errors = {}
@@ -160,7 +161,7 @@ def test_awq_finds_the_exponent_of_least_error():
 
 def test_awq_leaves_silent_inputs_alone():
     linears, _ = Chain().parts()
-    assert awq.find_scale([awq.Input(["up"], torch.zeros(64, 64), 10)], linears, {"up": QuantizeConfig()}) is None
+    assert awq.find_scale([Inputs(["up"], 10, torch.zeros(64, 64), None)], linears, {"up": QuantizeConfig()}) is None
     assert awq.find_scale([], linears, {}) is None
 
 

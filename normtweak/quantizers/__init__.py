@@ -22,12 +22,7 @@ class Run(Protocol):
 
 
 class Quantizer(Protocol):
-    """Chooses the codes of one block's linears.
-
-    wants_target: whether `run.target`, the float model's own output, is looked at; it costs a pass more where nothing else wants it.
-    """
-
-    wants_target: bool = False
+    """Chooses the codes of one block's linears."""
 
     def check(self) -> None:
         """Raise ValueError when something that it needs isn't installed. Called before any heavy work."""
@@ -38,7 +33,7 @@ class Quantizer(Protocol):
     ) -> dict[str, QuantizedWeight]:
         """The quantized weight of each linear that `config.for_module(path)` gives settings for. linears: by path in the model.
 
-        run: for quantizers that look at activations; for a block an `activations.Passage`. folds: where scales can move inside the block; a quantizer that moves some does so in
+        run: for quantizers that look at activations; for a block it is an `activations.Passes`. folds: where scales can move inside the block; a quantizer that moves some does so in
         place, and gives the codes of the linears as they are then. Raises ValueError for a configuration or a block that it can't do.
         """
         ...

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from normtweak_kernels import QuantizedWeight
 
-from ..activations import Passage, Stream
+from ..activations import Passes, Stream
 from ..config import QuantizeConfig, require
 from ..folding import Fold
 from ..linear import replace
@@ -34,8 +34,6 @@ class AutoRound(Quantizer):
     It learns on what the quantized blocks before make of the calibration text, towards the float model's own output.
     """
 
-    wants_target = True
-
     def check(self) -> None:
         """Raise ValueError unless the package is there."""
         found = importlib.util.find_spec("auto_round") is not None
@@ -45,9 +43,9 @@ class AutoRound(Quantizer):
         self, linears: Mapping[str, nn.Linear], run: Run, config: QuantizeConfig, folds: Sequence[Fold] = ()
     ) -> dict[str, QuantizedWeight]:
         """See Quantizer."""
-        assert isinstance(run, Passage)  # the output head, the only thing that isn't a block, is refused by QuantizeConfig
+        assert isinstance(run, Passes)  # the output head, the only thing that isn't a block, is refused by QuantizeConfig
         configs = {name: own for name in linears if (own := config.for_module(name))}
-        target = run() if run.target is None else run.target
+        target = run.output("float")
         with plain_copies(run.block, {name: linears[name] for name in configs}) as copies:
             model = _Model(run)
             settings = {name: {"bits": 16} for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -55,7 +53,7 @@ class AutoRound(Quantizer):
             for name, own in configs.items():
                 settings[names[id(copies[name])]] = {"bits": own.bits, "group_size": own.group_size, "sym": own.symmetric}
             with quiet(), torch.random.fork_rng(devices=[]), torch.enable_grad():
-                _learn(model, run.stream, target, settings, config)
+                _learn(model, run.stream("quantized"), target, settings, config)
         return {name: found(copies[name], own) for name, own in configs.items()}
 
 
@@ -79,9 +77,9 @@ def plain_copies(block: nn.Module, linears: Mapping[str, nn.Linear]) -> Iterator
 class _Block(nn.Module):
     """A block as the package likes it: hidden states in, hidden states out; masks and positions are the stream's business."""
 
-    def __init__(self, run: Passage) -> None:
+    def __init__(self, run: Passes) -> None:
         super().__init__()
-        self.block, self._index, self._stream = run.block, run.index, run.stream
+        self.block, self._index, self._stream = run.block, run.index, run.stream("quantized")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [B, L, H] -> [B, L, H], float32."""
@@ -97,7 +95,7 @@ class _Layers(nn.Module):
 class _Model(nn.Module):
     """A model of one block."""
 
-    def __init__(self, run: Passage) -> None:
+    def __init__(self, run: Passes) -> None:
         super().__init__()
         self.model = _Layers(_Block(run))
         self.dtype = torch.float32

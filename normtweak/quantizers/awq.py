@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from normtweak_kernels import QuantizedWeight
 
 from ..config import QuantizeConfig
 from ..folding import Fold, balanced
-from ..inputs import HessianCollector
+from ..inputs import HessianCollector, Inputs
 from ..rounding import Solver, nearest
 from . import Quantizer, Run
 
@@ -25,15 +24,6 @@ STEPS = 10
 ROWS = 256
 # The smallest channel's magnitude beside the largest: a channel that hardly ever speaks shall not push the others' scales to extremes.
 FLOOR = 1e-4
-
-
-@dataclass
-class Input:
-    """What linears with one input are given: H = X^T X / T, float32 [K, K], and the number of tokens T."""
-
-    names: list[str]
-    hessian: Tensor
-    tokens: int
 
 
 class AWQ(Quantizer):
@@ -54,25 +44,31 @@ class AWQ(Quantizer):
         with collector.attached():
             run()
         shared = list(collector.shared())
-        inputs = [Input(names, hessian, collector.tokens(names[0])) for names, hessian in shared if hessian is not None]
+        inputs = [given for given in shared if given.hessian is not None]
         for fold in folds:
             read = [given for given in inputs if fold.readers.keys() & set(given.names)]
             scale = find_scale(read, linears, configs)
             if scale is not None:
                 fold.apply(scale)
                 for given in read:
-                    given.hessian.div_(scale[:, None] * scale)
-        result = {name: nearest(linears[name].weight, configs[name]) for names, hessian in shared if hessian is None for name in names}
+                    hessian_of(given).div_(scale[:, None] * scale)
+        result = {name: nearest(linears[name].weight, configs[name]) for given in shared if given.hessian is None for name in given.names}
         for given in inputs:
             result |= _rounded(given, linears, configs, config)
         return {name: result[name] for name in configs}
 
 
-def find_scale(inputs: Sequence[Input], linears: Mapping[str, nn.Linear], configs: Mapping[str, QuantizeConfig]) -> Tensor | None:
+def hessian_of(given: Inputs) -> Tensor:
+    """Of inputs that have one."""
+    assert given.hessian is not None
+    return given.hessian
+
+
+def find_scale(inputs: Sequence[Inputs], linears: Mapping[str, nn.Linear], configs: Mapping[str, QuantizeConfig]) -> Tensor | None:
     """The scale [K] with the least relative output error of the linears that read the channels; None when no scale does better than none."""
     if not inputs:
         return None
-    magnitude = torch.stack([given.hessian.diagonal() * given.tokens for given in inputs]).sum(0).sqrt()
+    magnitude = torch.stack([hessian_of(given).diagonal() * given.tokens for given in inputs]).sum(0).sqrt()
     if magnitude.max() == 0:
         return None
     weights = torch.cat([linears[name].weight.detach() for given in inputs for name in given.names]).abs().mean(0)
@@ -84,23 +80,25 @@ def find_scale(inputs: Sequence[Input], linears: Mapping[str, nn.Linear], config
     return candidates[best] if best else None
 
 
-def output_error(given: Input, linears: Mapping[str, nn.Linear], configs: Mapping[str, QuantizeConfig], scale: Tensor) -> float:
+def output_error(given: Inputs, linears: Mapping[str, nn.Linear], configs: Mapping[str, QuantizeConfig], scale: Tensor) -> float:
     """sum over the linears of tr(D H D^T) / tr(W H W^T) with D = Q(W s) / s - W, of some of their rows."""
-    importance = given.hessian.diagonal() / scale.square()
+    hessian = hessian_of(given)
+    importance = hessian.diagonal() / scale.square()
     total = 0.0
     for name in given.names:
         weight = linears[name].weight.detach()
         weight = weight[:: max(1, len(weight) // ROWS)]
         difference = nearest(weight * scale, configs[name], importance).dequantize() / scale - weight
-        energy = ((weight @ given.hessian) * weight).sum().clamp(min=torch.finfo(torch.float32).tiny)
-        total += (((difference @ given.hessian) * difference).sum() / energy).item()
+        energy = ((weight @ hessian) * weight).sum().clamp(min=torch.finfo(torch.float32).tiny)
+        total += (((difference @ hessian) * difference).sum() / energy).item()
     return total
 
 
 def _rounded(
-    given: Input, linears: Mapping[str, nn.Linear], configs: Mapping[str, QuantizeConfig], config: QuantizeConfig
+    given: Inputs, linears: Mapping[str, nn.Linear], configs: Mapping[str, QuantizeConfig], config: QuantizeConfig
 ) -> dict[str, QuantizedWeight]:
+    hessian = hessian_of(given)
     if config.rounding == "gptq":
-        solver = Solver(given.hessian, config, " ".join(given.names))
+        solver = Solver(hessian, config, " ".join(given.names), given.tokens)
         return {name: solver.quantize(linears[name].weight, configs[name]) for name in given.names}
-    return {name: nearest(linears[name].weight, configs[name], given.hessian.diagonal().contiguous()) for name in given.names}
+    return {name: nearest(linears[name].weight, configs[name], hessian.diagonal().contiguous()) for name in given.names}

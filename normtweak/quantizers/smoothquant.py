@@ -85,12 +85,12 @@ class SmoothQuant(Quantizer):
         with collector.attached():
             run()
         result: dict[str, QuantizedWeight] = {}
-        for names, hessian in collector.shared():
-            if hessian is None:
-                result |= {name: nearest(linears[name].weight, configs[name]) for name in names}
+        for given in collector.shared():
+            if given.hessian is None:
+                result |= {name: nearest(linears[name].weight, configs[name]) for name in given.names}
             else:
-                solver = Solver(hessian, config, " ".join(names))
-                result |= {name: solver.quantize(linears[name].weight, configs[name]) for name in names}
+                solver = Solver(given.hessian, config, " ".join(given.names), given.tokens)
+                result |= {name: solver.quantize(linears[name].weight, configs[name]) for name in given.names}
         return {name: result[name] for name in configs}
 
 
