@@ -13,7 +13,9 @@ from .commands.demo import demo
 from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.inspect import inspect
+from .commands.paper import paper
 from .commands.quantize import quantize
+from .commands.serve import serve
 from .terminal import errors
 
 app = typer.Typer(
@@ -30,8 +32,10 @@ app.command()(quantize)
 app.command(name="eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)
+app.command()(serve)
 app.command()(bench)
 app.command()(demo)
+app.command()(paper)
 
 
 def main() -> None:

@@ -17,33 +17,33 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"commands"},
-    {"demo"},
-    {"pipeline"},
+    {"demo", "paper"},
+    {"pipeline", "serving"},
     {"loop", "polish", "evaluate", "integrations", "describe", "warm"},
     {"models", "text", "tasks"},
-    {"quantizers", "calibration", "checkpoint"},
+    {"quantizers", "calibration", "checkpoint", "shards"},
     {"folding", "inputs", "rounding"},
     {"losses", "families", "norms", "activations", "linear"},
     {"config", "estimates", "terminal"},
-    {"progress", "memory"},
+    {"progress", "memory", "files"},
 ]
 SIDEWAYS: set[tuple[str, str]] = set()
 # Heavy or optional packages, and the only files whose business they are.
 OWNERS = {
-    "transformers": {"models", "integrations/transformers"},
+    "transformers": {"models", "integrations/transformers", "integrations/transformers_serve"},
     "accelerate": {"models"},
     "huggingface_hub": {"models"},
-    "safetensors": {"checkpoint", "models"},
+    "safetensors": {"checkpoint", "models", "calibration/kept"},
     "typer": {"cli", "terminal", "commands/*"},
-    "rich": {"cli", "terminal", "commands/*", "demo"},
-    "datasets": set(),
+    "rich": {"cli", "terminal", "commands/*", "demo", "paper/tables", "paper/run"},
+    "datasets": {"calibration/hub"},
     "vllm": {"integrations/vllm"},
     "lm_eval": {"evaluate"},
     "auto_round": {"quantizers/autoround"},
-    "matplotlib": set(),
+    "matplotlib": {"paper/figure"},
     "normtweak_kernels": None,
 }
-LAZY = {"transformers", "accelerate", "huggingface_hub", "vllm", "lm_eval", "auto_round"}
+LAZY = {"transformers", "accelerate", "huggingface_hub", "vllm", "lm_eval", "datasets", "matplotlib", "auto_round"}
 
 
 def imports(path):
