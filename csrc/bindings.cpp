@@ -37,8 +37,9 @@ void check_bits(const char* op, int bits) {
     check(bits == 2 || bits == 3 || bits == 4 || bits == 8, op, "bits", "one of 2, 3, 4, 8", bits);
 }
 
+// A grid may have any number of levels; which codes can be packed is another matter.
 GridRule grid_rule(const char* op, int bits, bool symmetric, int64_t clip_steps, double min_clip) {
-    check_bits(op, bits);
+    check(bits >= 2 && bits <= 8, op, "bits", "2 to 8", bits);
     check(clip_steps >= 0, op, "clip_steps", "0 or more", clip_steps);
     return {bits, symmetric, clip_steps, min_clip};
 }

@@ -155,7 +155,11 @@ class Stream:
 
     def call(self, block: Callable[..., Any], index: int, rows: slice | Tensor) -> Tensor:
         """Output [B, L, H] float32 of a block for some of the sequences, on the block's device; differentiable in the block's parameters."""
-        hidden = self.hidden[rows].to(self.device)
+        return self.send(block, index, self.hidden[rows])
+
+    def send(self, block: Callable[..., Any], index: int, hidden: Tensor) -> Tensor:
+        """Output [B, L, H] float32 of a block for hidden states [B, L, H], on the block's device."""
+        hidden = hidden.to(self.device)
         with computing(self.device.type, self.compute_dtype):
             args, named = self._calls.of(index, len(hidden), self.device)
             output = block(hidden, *args, **named)
@@ -166,6 +170,10 @@ class Stream:
         """Output [S, L, H] of a block for every sequence."""
         return torch.cat([self.call(block, index, rows).to(self.hidden.device) for rows in self.starts()])
 
+    def first(self, sequences: int) -> Stream:
+        """Of the first sequences alone."""
+        return self.moved(self.hidden[:sequences])
+
     def moved(self, hidden: Tensor) -> Stream:
         """The stream one block further."""
         return Stream(hidden, self._calls, self.batch_size, self.compute_dtype, self.device)
@@ -174,11 +182,12 @@ class Stream:
 class Passes:
     """Calls that send the calibration text through a block that is being quantized, while whoever quantizes it watches.
 
-    A pass is through the block as it stands. The first of each stream is to be through its float weights: its output is kept.
+    A pass is through the block as it stands. The first of each stream is to be through its float weights, or what scales that moved left of them, which is the same function: its
+    output is kept.
     """
 
     def __init__(self, block: nn.Module, index: int, stream: Stream | None, float_stream: Stream | None) -> None:
-        self._block, self._index = block, index
+        self.block, self.index = block, index
         self._streams = {"quantized": stream, "float": float_stream}
         self._outputs: dict[str, Tensor] = {}
 
@@ -187,26 +196,31 @@ class Passes:
         """Whether the float model's own activations are kept."""
         return self._streams["float"] is not None
 
-    def __call__(self) -> None:
-        """Send what the quantized blocks before gave."""
-        self._send("quantized")
+    def __call__(self, sequences: int | None = None) -> Tensor:
+        """Send what the quantized blocks before gave, of the first `sequences` sequences or all; the output [S, L, H]."""
+        if sequences is not None:
+            return self.stream("quantized").first(sequences).through(self.block, self.index)
+        return self._send("quantized")
 
-    def of_float(self) -> None:
-        """Send the float model's own activations."""
-        self._send("float")
+    def of_float(self) -> Tensor:
+        """Send the float model's own activations; the output [S, L, H]."""
+        return self._send("float")
 
     def output(self, name: str) -> Tensor:
         """What the float block makes [S, L, H] of the stream "quantized" or "float"."""
-        if name not in self._outputs:
-            self._send(name)
-        return self._outputs[name]
+        return self._outputs[name] if name in self._outputs else self._send(name)
 
-    def _send(self, name: str) -> None:
+    def stream(self, name: str) -> Stream:
+        """The stream "quantized" or "float". Raises ValueError where it isn't kept."""
         stream = self._streams[name]
         if stream is None:
             raise ValueError("quantize: this method must be given calibration text, got none")
-        output = stream.through(self._block, self._index)
+        return stream
+
+    def _send(self, name: str) -> Tensor:
+        output = self.stream(name).through(self.block, self.index)
         self._outputs.setdefault(name, output)
+        return output
 
 
 @contextmanager

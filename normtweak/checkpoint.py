@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import QuantizeConfig, check_out_folder, require
+from .config import QuantizeConfig, check_out_folder, require, stored_bits
 from .files import beside, sync
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def packed_config(config: QuantizeConfig, version: str, skipped: list[str]) -> d
     """
     settings = {
         "quant_method": "gptq",
-        "bits": config.bits,
+        "bits": stored_bits(config.bits),
         "group_size": config.group_size,
         "sym": config.symmetric,
         "desc_act": False,
@@ -226,12 +226,19 @@ def packed_config(config: QuantizeConfig, version: str, skipped: list[str]) -> d
             "damp_percent": config.damp_percent,
             "act_order": config.act_order,
             "static_groups": True,
-        },
+        }
+        | ({} if config.packed_activations == "auto" else {"activations": config.packed_activations}),
     }
     dynamic: dict[str, dict[str, int]] = {f"-:.*(?:{pattern})": {} for pattern in config.skip}
     for own in config.overrides:
-        dynamic.setdefault(f"+:.*(?:{own.pattern})", own.given())
+        given = own.given()
+        dynamic.setdefault(f"+:.*(?:{own.pattern})", given | ({"bits": stored_bits(own.bits)} if own.bits else {}))
     return settings | {"dynamic": dynamic} if dynamic else settings
+
+
+def stored_activations(quantization: dict[str, Any] | None) -> str:
+    """How a checkpoint's activations enter its packed products: what its `meta` says, which other readers pass over, or "auto"."""
+    return ((quantization or {}).get("meta") or {}).get("activations", "auto")
 
 
 def module_settings(quantization: dict[str, Any], path: str) -> dict[str, Any] | None:

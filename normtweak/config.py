@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 8)
+METHODS = ("gptq", "rtn", "awq", "smoothquant", "autoround")
+
+
+def stored_bits(bits: int) -> int:
+    """In how many bits a code is stored: no checkpoint format has 5-bit codes, so they go as 8-bit codes of which 32 are used."""
+    return 8 if bits == 5 else bits
 
 
 def require(condition: bool, where: str, argument: str, wanted: str, got: object) -> None:
@@ -211,8 +217,11 @@ class PolishConfig:
 class QuantizeConfig:
     """One quantization run.
 
-    bits: 2, 3, 4 or 8. group_size: columns that share a scale, or -1 for one scale per output row. symmetric: codes centred on zero.
-    method: "gptq" or "rtn". damp_percent: fraction of the Hessian's mean diagonal that is added to it. act_order: quantize the columns
+    bits: 2, 3, 4, 5 (stored in 8) or 8. group_size: columns that share a scale, or -1 for one scale per output row. symmetric: codes centred on zero.
+    method: "gptq", "rtn", "awq" (scales found for the weights that matter), "smoothquant" (scales that make activations easy to round, which are then multiplied as
+    int8) or "autoround" (learned rounding, by the package auto-round). rounding: what AWQ and SmoothQuant round with once their scales are found: "nearest" or "gptq".
+    rounding_iterations: AutoRound's. activations: how they enter the packed products, "auto" (as exactly as their dtype) or "int8_token" (one scale a token); None takes what the
+    method is for, int8_token for SmoothQuant and auto for the others. damp_percent: fraction of the Hessian's mean diagonal that is added to it. act_order: quantize the columns
     with the largest Hessian diagonal first (groups stay where they are: static groups). block_size: columns per GPTQ block, where
     the solve goes by blocks of one width (on a CPU with native kernels it doesn't).
     clip_steps: candidates of the clip search, 0 for plain min-max ranges. sequential: a block's linears are quantized in the order of their calls, each
@@ -228,6 +237,9 @@ class QuantizeConfig:
     group_size: int = -1
     symmetric: bool = True
     method: str = "gptq"
+    rounding: str = "nearest"
+    rounding_iterations: int = 200
+    activations: str | None = None
     damp_percent: float = 0.01
     act_order: bool = True
     block_size: int = 128
@@ -249,7 +261,13 @@ class QuantizeConfig:
         _check_group_size(where, self.group_size)
         for pattern in self.skip:
             _check_pattern(where, "skip", pattern)
-        _one_of(where, "method", self.method, ("gptq", "rtn"))
+        _one_of(where, "method", self.method, METHODS)
+        _one_of(where, "rounding", self.rounding, ("nearest", "gptq"))
+        chosen = self.method in ("awq", "smoothquant")
+        require(self.rounding == "nearest" or chosen, where, "rounding", f"nearest for {self.method}, which rounds in its own way", self.rounding)
+        require(self.rounding_iterations >= 1, where, "rounding_iterations", "1 or more", self.rounding_iterations)
+        _one_of(where, "activations", self.activations, (None, "auto", "int8_token"))
+        require(not (self.lm_head and self.method == "autoround"), where, "lm_head", "off with autoround, which learns whole blocks", "on")
         require(0 < self.damp_percent < 1, where, "damp_percent", "a fraction between 0 and 1", self.damp_percent)
         require(self.block_size >= 1, where, "block_size", "1 or more", self.block_size)
         require(0 <= self.clip_steps <= 1000, where, "clip_steps", "0 to 1000", self.clip_steps)
@@ -293,6 +311,16 @@ class QuantizeConfig:
         return dataclasses.replace(self, **own.given())
 
     @property
+    def packed_activations(self) -> str:
+        """How activations enter the packed products."""
+        return self.activations or ("int8_token" if self.method == "smoothquant" else "auto")
+
+    @property
+    def changes_norms(self) -> bool:
+        """Whether blocks' norms come out changed: by a tweak, or by scales that moved out of them."""
+        return self.tweak is not None or self.method in ("awq", "smoothquant")
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether any text is looked at."""
         return self.method != "rtn" or self.tweak is not None or self.polish is not None
@@ -301,7 +329,7 @@ class QuantizeConfig:
     def needs_float_stream(self) -> bool:
         """Whether the float model's own activations are looked at."""
         tweaked = self.tweak is not None and self.tweak.target_stream == "float"
-        return self.polish is not None or tweaked or (self.method == "gptq" and self.correction > 0)
+        return self.polish is not None or tweaked or self.method == "autoround" or (self.method == "gptq" and self.correction > 0)
 
 
 def _default_tweak(bits: int) -> TweakConfig:

@@ -11,6 +11,7 @@ import torch
 from normtweak_kernels import native, which_backend
 
 from . import families, models
+from .checkpoint import stored_activations
 from .linear import quantizable_linears
 from .norms import is_norm
 
@@ -54,7 +55,7 @@ def describe(model: str | os.PathLike[str]) -> list[Section]:
             for key in ("quant_method", "checkpoint_format", "bits", "group_size", "sym", "desc_act", "lm_head", "dynamic")
             if key in settings
         ]
-        sections.append(Section("quantization", rows))
+        sections.append(Section("quantization", [*rows, ("activations", stored_activations(settings))]))
     recipe = models.recipe(folder.path)
     if recipe is not None:
         rows = [("of", recipe["model"])]

@@ -47,9 +47,10 @@ class PackedLinear(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @classmethod
-    def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear:
+    def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None, *, activations: str = "auto") -> PackedLinear:
         """From codes and their parameters; scales are rounded to float16, as checkpoints store them."""
-        return cls(weight.pack(), weight.scales, weight.zeros, bias, bits=weight.bits, in_features=weight.codes.shape[1])
+        k = weight.codes.shape[1]
+        return cls(weight.pack(), weight.scales, weight.zeros, bias, bits=weight.bits, in_features=k, activations=activations)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype, or in autocast's where that is on. bias: in place of the module's own."""

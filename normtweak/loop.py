@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from . import losses, norms, quantizers
 from .activations import Passes, Stream, split_rows
 from .config import QuantizeConfig, TweakConfig
+from .families import Family
+from .folding import folds_of
 from .linear import PackedLinear, quantizable_linears, replace
 from .progress import Progress
 
@@ -57,12 +59,13 @@ def quantize_blocks(
     stream: Stream | None,
     config: QuantizeConfig,
     progress: Progress,
+    family: Family | None = None,
 ) -> tuple[list[BlockReport], Stream | None, Stream | None]:
     """Quantize and tweak `count` blocks in order; gives what happened to each, and behind the last one the stream and the float model's own
     (None when neither tweak nor polish looks at it).
 
     path: of the blocks in the model. open_block(l): block l with its float weights. close_block(l, block): called when block l is final, its linears packed.
-    stream: what the first block is given (None when the configuration looks at no text).
+    stream: what the first block is given (None when the configuration looks at no text). family: what is known of the model's.
     Raises ValueError, naming it, for a block without linears or norms.
     """
     quantizer = quantizers.find(config.method)
@@ -82,14 +85,14 @@ def quantize_blocks(
             # 8, 9: quantize; the float output, of the float stream or (Algorithm 1) of the quantized one, is a pass that the quantizer looks at too
             run = Passes(block, index, stream, float_stream)
             with torch.no_grad():
-                weights = quantizer.quantize_block(linears, run, config)
+                weights = quantizer.quantize_block(linears, run, config, folds_of(block, place, family))
             target = run.output(tweak.target_stream) if tweak else None
             if float_stream is not None:
                 float_stream = float_stream.moved(run.output("float"))
 
             # 10: freeze
             for name, weight in weights.items():
-                replace(block, name.removeprefix(place), PackedLinear.from_weight(weight, linears[name].bias))
+                replace(block, name.removeprefix(place), PackedLinear.from_weight(weight, linears[name].bias, activations=config.packed_activations))
             block.requires_grad_(False)
 
             # 11-16: tweak; 17: the tweaked quantized output goes on

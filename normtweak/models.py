@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from normtweak_kernels.dequant_gemm import ACTIVATIONS
+from normtweak_kernels.packing import BITS as PACKED_BITS
 
 from . import families
-from .checkpoint import WeightFiles, module_settings
-from .config import BITS, require
+from .checkpoint import WeightFiles, module_settings, stored_activations
+from .config import require
 from .files import cache_folder
 from .linear import PackedLinear, is_conv1d, present_linears, quantizable_linears, replace
 
@@ -282,15 +283,19 @@ def _expert_names(config: Any) -> tuple[str, str, str]:
     return found if len(found) == 3 else families.EXPERTS
 
 
-def load(model: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu", activations: str = "auto") -> Any:
+def load(
+    model: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu", activations: str | None = None
+) -> Any:
     """Load MODEL (see `resolve`): a packed checkpoint as a transformers model with `PackedLinear` modules, a float one as it is.
 
     dtype: of activations and of what isn't packed; "auto" is float32 on a CPU and the checkpoint's own elsewhere. Packed weights are never dequantized
     as a whole. activations: how they enter the packed linears' products, see `normtweak_kernels.dequant_gemm`: "auto" as exactly as dtype holds
-    them, "int16" and "int8" faster and rounded. Raises ValueError for a folder that isn't whole or is quantized in a way that isn't read here.
+    them, "int16", "int8" and "int8_token" faster and rounded; None as the checkpoint says, which is "auto" unless it was made for another (SmoothQuant). Raises ValueError for a folder that isn't whole or is quantized in a way that isn't read here.
     """
-    require(activations in ACTIVATIONS, "load", "activations", f"one of {', '.join(ACTIVATIONS)}", activations)
     folder = ModelFolder(resolve(model))
+    if activations is None:
+        activations = stored_activations(folder.quantization)
+    require(activations in ACTIVATIONS, "load", "activations", f"one of {', '.join(ACTIVATIONS)}", activations)
     require(activations == "auto" or folder.quantization is not None, "load", "activations", "auto for a float model", activations)
     if dtype == "auto":
         dtype = torch.float32 if torch.device(device).type == "cpu" else (folder.config.dtype or torch.float16)
@@ -344,7 +349,7 @@ def fill_packed(model: Any, folder: ModelFolder) -> None:
         own = module_settings(settings, name)
         require(own is not None, "load", name, "packed only where `dynamic` doesn't leave it out", "packed weights")
         bits = (own or {}).get("bits", 0)
-        require(isinstance(bits, int) and bits in BITS, "load", "bits", "one of 2, 3, 4, 8", bits)
+        require(isinstance(bits, int) and bits in PACKED_BITS, "load", "bits", "one of 2, 3, 4, 8", bits)
         prefix = stored.removesuffix("qweight")
         tensors = {}
         for leaf in ("qweight", "qzeros", "scales", "g_idx", "bias"):

@@ -24,7 +24,7 @@ from .activations import BlockCalls, Stream, compute_dtype, device_of, embed_all
 from .calibration import Author, Calibration
 from .calibration.quality import TextReport
 from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter, packed_config
-from .config import PolishConfig, QuantizeConfig, check_out_folder, require
+from .config import PolishConfig, QuantizeConfig, check_out_folder, require, stored_bits
 from .linear import PackedLinear, quantizable_linears
 from .loop import BlockReport, quantize_blocks
 from .memory import PeakMemory, release
@@ -74,6 +74,7 @@ def quantize(
         folder = ModelFolder(models.resolve(model))
         plan = _Plan(folder, config, device_of(device))
         plan.check_disk(out)
+        quantizers.find(config.method).check()
         sequences = config.calibration.samples if tokens is None else len(tokens)
         enough = config.polish is None or sequences > 1
         require(enough, "quantize", "polish", "given two sequences or more, as one is held out", sequences)
@@ -142,8 +143,8 @@ class _Plan:
         self.blocks = len(self.modules)
         require(self.blocks > 0, "quantize", "model", "one with at least one block", "none")
         self.stored_dtype = _stored_dtype(folder)
-        family = families.find(folder.config)
-        self.config = replace(config, skip=(*config.skip, *(family.keep if family else ())))
+        self.family = families.find(folder.config)
+        self.config = replace(config, skip=(*config.skip, *(self.family.keep if self.family else ())))
         linears = [f"{self.path}.{name}" for name in quantizable_linears(self.modules)]
         require(bool(linears), "quantize", self.path, "a list of blocks with nn.Linear modules", "none")
         self.head = next((name for name, module in self.model.named_modules() if module is self.model.get_output_embeddings()), None)
@@ -185,7 +186,8 @@ class _Plan:
             linear = self.model.get_submodule(name)
             n, k = linear.out_features, linear.in_features
             groups = 1 if own.group_size == -1 else k // own.group_size
-            size += n * k * own.bits // 8 + groups * n * (16 + own.bits) // 8 + 4 * k
+            bits = stored_bits(own.bits)
+            size += n * k * bits // 8 + groups * n * (16 + bits) // 8 + 4 * k
             size -= 0 if f"{name}.weight" in self.tied else 2 * n * k
         return size
 
@@ -287,7 +289,7 @@ def _run_blocks(plan: _Plan, tokens: Tensor | None, writer: CheckpointWriter, pr
     if tokens is not None:
         size, tweaked = config.calibration.batch_size, config.tweak.batch_size if config.tweak else 0
         with plan.entrance() as calls:
-            hidden = embed_all(calls, tokens, size, also=range(1, tweaked + 1))
+            hidden = embed_all(calls, tokens, size, also=range(1, max(size, tweaked) + 1))
         stream = Stream(hidden, calls, size, plan.precision, plan.device)
 
     def close_block(index: int, block: nn.Module) -> None:
@@ -300,11 +302,11 @@ def _run_blocks(plan: _Plan, tokens: Tensor | None, writer: CheckpointWriter, pr
             if name.rpartition(".")[0] not in packed:
                 tensors[plan.written_name(place + name)] = tensor
         # Steps of the tweak are finer than 16 bits: a gain near 1 moves by 2e-3, bfloat16's neighbours of 1 are 4e-3 and 8e-3 away.
-        fine = {plan.written_name(place + p.name) for p in norms.norm_parameters(block, relative=True)} if config.tweak else set()
+        fine = {plan.written_name(place + p.name) for p in norms.norm_parameters(block, relative=True)} if config.changes_norms else set()
         writer.write(index, {name: tensor if name in fine else _stored(tensor, plan.stored_dtype) for name, tensor in tensors.items()})
         block.to("meta")
 
-    return quantize_blocks(plan.path, plan.blocks, plan.open_block, close_block, stream, config, progress)
+    return quantize_blocks(plan.path, plan.blocks, plan.open_block, close_block, stream, config, progress, plan.family)
 
 
 def _quantize_head(plan: _Plan, tokens: Tensor | None, stream: Stream | None, progress: Progress) -> dict[str, Tensor]:
@@ -315,12 +317,13 @@ def _quantize_head(plan: _Plan, tokens: Tensor | None, stream: Stream | None, pr
     with plan.entrance() as calls, progress.task("quantizing the output head", 1) as advance, torch.no_grad():
         head = plan.open_head()
 
-        def run() -> None:
+        def run(sequences: int | None = None) -> Tensor:
             if stream is None or tokens is None:
                 raise ValueError("quantize: this method must be given calibration text, got none")
             calls.embed(tokens[:1])
             for rows in stream.starts():
                 calls.leave(tokens[rows], stream.hidden[rows], head)
+            return stream.hidden
 
         weight = quantizers.find(plan.config.method).quantize_block({plan.head: head}, run, plan.config)[plan.head]
         advance()

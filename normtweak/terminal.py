@@ -19,7 +19,11 @@ errors = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, FOLDER:FILE.gguf, or smollm2-135m.", show_default=False)]
 Activations = Annotated[
-    str, typer.Option(help="In packed products: auto, as exact as their dtype; int16 or int8, faster and rounded for every 64 values.")
+    str | None,
+    typer.Option(
+        help="In packed products: auto, as exact as their dtype; int16 or int8, faster and rounded for every 64 values; int8_token, for every token.",
+        show_default="as the checkpoint says",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
 

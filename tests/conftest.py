@@ -1,5 +1,7 @@
 """Fixed seeds, the models that tests share, and what is said of tests that can't run here."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -14,13 +16,15 @@ def _missing(marker: str) -> str | None:
     """What tests with this marker want and this machine lacks."""
     if marker == "gpu":
         return None if torch.cuda.is_available() else "no GPU was found"
+    if marker == "autoround":
+        return None if importlib.util.find_spec("auto_round") else "the package auto-round isn't installed"
     from triton_checks import BESIDE, ENVIRONMENT, tools_folder
 
     return None if tools_folder() else f"ptx_check.py is neither in {BESIDE} nor in a folder that {ENVIRONMENT} names"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for marker in ("ptx", "gpu"):
+    for marker in ("ptx", "gpu", "autoround"):
         if item.get_closest_marker(marker) and (reason := _missing(marker)):
             _NOT_RUN[marker] = _NOT_RUN.get(marker, 0) + 1
             pytest.skip(reason)

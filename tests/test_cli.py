@@ -156,14 +156,15 @@ def test_help_is_good_reading():
     [
         (["quantize", "no/such-model", "--out", "OUT"], "model: no/such-model must be"),
         (["quantize", "MODEL", "--out", "OUT", "--group-size", "48"], "group_size must be a divisor"),
-        (["quantize", "MODEL", "--out", "OUT", "--bits", "5"], "bits must be one of 2, 3, 4, 8, got 5"),
+        (["quantize", "MODEL", "--out", "OUT", "--bits", "6"], "bits must be one of 2, 3, 4, 5, 8, got 6"),
         (
             ["quantize", "MODEL", "--out", "OUT", "--module", "up_proj:4"],
             "ModuleOverride: text must be PATTERN=BITS or PATTERN=BITS:GROUP_SIZE, got up_proj:4",
         ),
         (["quantize", "MODEL", "--out", "OUT", "--skip", "nothing"], "quantize: skip must be patterns found in a linear's path"),
         (["quantize", "MODEL", "--out", "MODEL"], "out must be a new or empty folder"),
-        (["quantize", "MODEL", "--out", "OUT", "--method", "magic"], "method must be one of gptq, rtn, got magic"),
+        (["quantize", "MODEL", "--out", "OUT", "--rounding", "gptq"], "rounding must be nearest for gptq, which rounds in its own way, got gptq"),
+        (["quantize", "MODEL", "--out", "OUT", "--method", "magic"], "method must be one of gptq, rtn, awq, smoothquant, autoround, got magic"),
         (["quantize", "MODEL", "--out", "OUT", "--preset", "best"], "preset must be one of default, paper, got best"),
         (["quantize", "MODEL", "--out", "OUT", "--calibration", "none.txt", "--length", "24"], "source must be generated, random or a text file"),
         (["quantize", "MODEL", "--out", "OUT", "--languages", "en"], "CalibrationConfig: languages must be any, family, or languages and shares"),

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from normtweak import models
 from normtweak.activations import BlockCalls, Stream, device_of, embed_all
 from normtweak.config import PolishConfig, QuantizeConfig
+from normtweak.families import find
 from normtweak.linear import PackedLinear
 from normtweak.loop import quantize_blocks
 from normtweak.polish import polish
@@ -42,7 +43,7 @@ def shapes_alone(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("method", ["gptq", "rtn", "awq", "smoothquant"])
 @pytest.mark.parametrize("target_stream", ["float", "quantized"])
 def test_the_loop_keeps_host_and_gpu_apart(small_model, method, target_stream):
     model = models.load(small_model)
@@ -57,7 +58,9 @@ def test_the_loop_keeps_host_and_gpu_apart(small_model, method, target_stream):
         closed.append([tensor.cpu() for module in packed for tensor in module.to_gptq().values()])
 
     with Values():
-        _, last, floating = quantize_blocks("model.layers", len(blocks), lambda i: blocks[i].to(GPU), close, stream, recipe, Silent())
+        _, last, floating = quantize_blocks(
+            "model.layers", len(blocks), lambda i: blocks[i].to(GPU), close, stream, recipe, Silent(), find(model.config)
+        )
     assert len(closed) == len(blocks)
     assert last.hidden.device.type == floating.hidden.device.type == "cpu"
 

@@ -22,6 +22,7 @@ FLOORS = [
     {"loop", "polish", "evaluate", "integrations", "describe", "warm"},
     {"models", "text", "tasks"},
     {"quantizers", "calibration", "checkpoint", "shards"},
+    {"folding", "inputs", "rounding"},
     {"losses", "families", "norms", "activations", "linear"},
     {"config", "estimates", "terminal"},
     {"progress", "memory", "files"},
@@ -38,10 +39,11 @@ OWNERS = {
     "datasets": {"calibration/hub"},
     "vllm": {"integrations/vllm"},
     "lm_eval": {"evaluate"},
+    "auto_round": {"quantizers/autoround"},
     "matplotlib": {"paper/figure"},
     "normtweak_kernels": None,
 }
-LAZY = {"transformers", "accelerate", "huggingface_hub", "vllm", "lm_eval", "datasets", "matplotlib"}
+LAZY = {"transformers", "accelerate", "huggingface_hub", "vllm", "lm_eval", "datasets", "matplotlib", "auto_round"}
 
 
 def imports(path):

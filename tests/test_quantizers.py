@@ -8,7 +8,8 @@ from torch import nn
 
 from normtweak import QuantizeConfig, quantizers
 from normtweak.activations import Passes
-from normtweak.quantizers.gptq import HessianCollector, Solver, inverse_factor
+from normtweak.inputs import HessianCollector
+from normtweak.rounding import Solver, inverse_factor
 
 
 def correlated(tokens, k):
@@ -185,10 +186,10 @@ def test_the_correction_makes_good_what_the_inputs_lack(act_order):
 
 def test_a_linear_that_sees_nothing_is_named():
     linears = {"seen": nn.Linear(4, 4), "unseen": nn.Linear(4, 4)}
-    with pytest.raises(ValueError, match="gptq: every linear must see calibration tokens, got none for unseen"):
+    with pytest.raises(ValueError, match="quantize: every linear must see calibration tokens, got none for unseen"):
         quantizers.find("gptq").quantize_block(linears, lambda: linears["seen"](torch.randn(9, 4)), QuantizeConfig())
 
 
 def test_unknown_method():
-    with pytest.raises(ValueError, match="method must be one of gptq, rtn, got awq"):
-        quantizers.find("awq")
+    with pytest.raises(ValueError, match="method must be one of gptq, rtn, awq, smoothquant, autoround, got magic"):
+        quantizers.find("magic")

@@ -17,6 +17,12 @@ from . import packing
 MIN_SCALE = 2.0**-24
 
 
+def check_bits(where: str, bits: int) -> None:
+    """Raise ValueError unless a grid of 2**bits levels has codes that a byte holds (2 to 8); `packing.check_bits` says which can be packed as they are."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"{where}: bits must be 2 to 8, got {bits}")
+
+
 def round_scale(scale: Tensor) -> Tensor:
     """Scale as stored, float16, given back in its own dtype; never zero, so that codes are always defined."""
     return scale.clamp(MIN_SCALE, 65504.0).half().to(scale.dtype)

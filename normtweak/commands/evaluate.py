@@ -35,7 +35,7 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(metavar="LIST", help="Any of lm-eval's tasks, by commas (extra: eval).", show_default=False)] = None,
     limit: Annotated[int | None, typer.Option(help="So many items of each task at most.", min=1, show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="Of matrix products: auto, float32 or bfloat16.")] = "auto",
-    activations: Activations = "auto",
+    activations: Activations = None,
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores here.", show_default=False)] = None,
 ) -> None:

@@ -16,7 +16,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of activations: float32, bfloat16, or auto, the faster here.")] = "float32",
-    activations: Activations = "auto",
+    activations: Activations = None,
     device: Device = "auto",
 ) -> None:
     """Continue a text with MODEL."""

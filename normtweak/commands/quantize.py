@@ -14,12 +14,17 @@ from ..terminal import Device, Model, TerminalProgress, console
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="New folder for the packed checkpoint.", show_default=False)],
-    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.", show_default="4")] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4, 5 (stored in 8) or 8.", show_default="4")] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Columns that share a scale (32, 64, 128, ...), or -1: one scale per output row.", show_default="-1")
     ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store zero points; worth it at 2 bits.")] = False,
-    method: Annotated[str | None, typer.Option(help="gptq or rtn.", show_default="gptq")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="gptq, rtn, awq, smoothquant (activations int8) or autoround (extra: autoround).", show_default="gptq")
+    ] = None,
+    rounding: Annotated[
+        str | None, typer.Option(help="What awq and smoothquant round with once their scales are found: nearest or gptq.", show_default="nearest")
+    ] = None,
     preset: Annotated[str, typer.Option(help="default (best measured recipe) or paper (Algorithm 1 to the letter).")] = "default",
     module: Annotated[
         list[str] | None,
@@ -80,7 +85,7 @@ def quantize(
     from ..config import ModuleOverride, QuantizeConfig, require
 
     settings = _read_settings(config)
-    given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "method": method, "seed": seed}
+    given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "method": method, "rounding": rounding, "seed": seed}
     settings |= {key: value for key, value in given.items() if value is not None}
     if module:
         settings["overrides"] = [ModuleOverride.parse(entry) for entry in module]

@@ -25,11 +25,25 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two linears of one module: what the first makes reaches the second's input channel by channel, through nothing but products and sums over tokens.
+
+    module: its path in the block, `*` standing for any expert's number. source, reader: their names in it. So source / s (by row) and reader * s (by input channel)
+    leave the block as it is, where they have equally many channels.
+    """
+
+    module: str
+    source: str
+    reader: str
+
+
+@dataclass(frozen=True)
 class Family:
     """Where a family keeps its parts.
 
     model_types: `config.model_type` values. blocks: path of the `nn.ModuleList` of decoder blocks. norms: those of a block; paths that a block lacks
     don't count. final_norm: path of the norm behind the last block, embedding_norm: of one before the first; None where there is none.
+    pairs: linears that a scale can move between.
     experts: what checkpoints call an expert's gate, up and down weights. keep: patterns of linears that are never quantized (routers, gates).
     when: settings of the model's configuration, name and value, that this entry needs.
     """
@@ -39,6 +53,7 @@ class Family:
     norms: tuple[Norm, ...]
     final_norm: str | None
     embedding_norm: str | None = None
+    pairs: tuple[Pair, ...] = ()
     experts: tuple[str, str, str] = EXPERTS
     keep: tuple[str, ...] = ()
     when: tuple[tuple[str, Any], ...] = ()
@@ -47,6 +62,12 @@ class Family:
         """Each norm's readers in a block that has `modules` (paths), None where no scale can be folded."""
         modules = tuple(modules)
         return {norm.path: _expand(norm.feeds, modules) for norm in self.norms if norm.path in modules}
+
+    def followers(self, modules: Iterable[str]) -> list[tuple[str, str]]:
+        """The pairs (source, reader) in a block that has `modules` (paths)."""
+        modules = tuple(modules)
+        found = [(f"{m}.{pair.source}", f"{m}.{pair.reader}") for pair in self.pairs for m in modules if fnmatchcase(m, pair.module)]
+        return [pair for pair in found if set(pair) <= set(modules)]
 
 
 def _expand(patterns: tuple[str, ...] | None, modules: tuple[str, ...]) -> tuple[str, ...] | None:

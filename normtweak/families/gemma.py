@@ -1,6 +1,6 @@
 """Gemma 2 and 3: norms around attention and MLP (sandwich norms), and in 3 on queries and keys; all of them multiply by 1 + weight."""
 
-from . import Family, Norm
+from . import Family, Norm, Pair
 
 FAMILIES = (
     Family(
@@ -15,5 +15,6 @@ FAMILIES = (
             Norm("post_feedforward_layernorm", None),
         ),
         final_norm="model.norm",
+        pairs=(Pair("self_attn", "v_proj", "o_proj"), Pair("mlp", "up_proj", "down_proj")),
     ),
 )

@@ -1,6 +1,6 @@
 """GLM-4 as transformers has it: glm, and glm4 with norms around attention and MLP."""
 
-from . import Family, Norm
+from . import Family, Norm, Pair
 
 FAMILIES = (
     Family(
@@ -13,5 +13,6 @@ FAMILIES = (
             Norm("post_mlp_layernorm", None),
         ),
         final_norm="model.norm",
+        pairs=(Pair("self_attn", "v_proj", "o_proj"),),
     ),
 )

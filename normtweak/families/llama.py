@@ -1,6 +1,6 @@
 """Llama and what is built like it."""
 
-from . import Family, Norm
+from . import Family, Norm, Pair
 
 FAMILIES = (
     Family(
@@ -11,5 +11,6 @@ FAMILIES = (
             Norm("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         ),
         final_norm="model.norm",
+        pairs=(Pair("self_attn", "v_proj", "o_proj"), Pair("mlp", "up_proj", "down_proj")),
     ),
 )

@@ -1,6 +1,6 @@
 """OPT: norms before attention and MLP, or (the 350M model) behind them, on the residual stream."""
 
-from . import Family, Norm
+from . import Family, Norm, Pair
 
 FAMILIES = (
     Family(
@@ -11,6 +11,7 @@ FAMILIES = (
             Norm("final_layer_norm", ("fc1",)),
         ),
         final_norm="model.decoder.final_layer_norm",
+        pairs=(Pair("self_attn", "v_proj", "out_proj"),),
         when=(("do_layer_norm_before", True),),
     ),
     Family(
@@ -18,6 +19,7 @@ FAMILIES = (
         blocks="model.decoder.layers",
         norms=(Norm("self_attn_layer_norm", None), Norm("final_layer_norm", None)),
         final_norm=None,
+        pairs=(Pair("self_attn", "v_proj", "out_proj"),),
         when=(("do_layer_norm_before", False),),
     ),
 )

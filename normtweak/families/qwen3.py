@@ -1,6 +1,6 @@
 """Qwen3: Llama with norms on queries and keys."""
 
-from . import Family, Norm
+from . import Family, Norm, Pair
 
 FAMILIES = (
     Family(
@@ -13,5 +13,6 @@ FAMILIES = (
             Norm("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         ),
         final_norm="model.norm",
+        pairs=(Pair("self_attn", "v_proj", "o_proj"), Pair("mlp", "up_proj", "down_proj")),
     ),
 )

@@ -1,6 +1,6 @@
 """Qwen's mixtures of experts, with a shared expert (Qwen 2) or norms on queries and keys (Qwen 3); some blocks may be dense."""
 
-from . import Family, Norm
+from . import Family, Norm, Pair
 
 FAMILIES = (
     Family(
@@ -25,6 +25,12 @@ FAMILIES = (
             ),
         ),
         final_norm="model.norm",
+        pairs=(
+            Pair("self_attn", "v_proj", "o_proj"),
+            Pair("mlp.experts.*", "up_proj", "down_proj"),
+            Pair("mlp.shared_expert", "up_proj", "down_proj"),
+            Pair("mlp", "up_proj", "down_proj"),
+        ),
         keep=(r"mlp\.shared_expert_gate$",),
     ),
 )

@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import GPTQConfig
 
-from ..checkpoint import module_settings
+from ..checkpoint import module_settings, stored_activations
 from ..linear import Conv1DLinear, PackedLinear, RoutedLinear, quantizable_linears, replace
 from ..models import present_blocks
 
@@ -51,8 +51,12 @@ class NormTweakQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         stored = {name: module for name, module in model.named_modules() if isinstance(module, _StoredLinear)}
+        config: Any = self.quantization_config
+        activations = stored_activations({"meta": config.meta})
         for name, module in stored.items():
-            replace(model, name, PackedLinear.from_gptq(name, module.tensors(), module.bits, module.in_features))
+            packed = PackedLinear.from_gptq(name, module.tensors(), module.bits, module.in_features)
+            packed.activations = activations
+            replace(model, name, packed)
 
     @property
     def is_trainable(self) -> bool:

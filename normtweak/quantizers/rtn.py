@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import nn
 
-from normtweak_kernels import QuantizedWeight, affine, group_params
+from normtweak_kernels import QuantizedWeight
 
 from ..config import QuantizeConfig
+from ..folding import Fold
+from ..rounding import nearest
+from . import Quantizer, Run
 
 
-class RTN:
+class RTN(Quantizer):
     """Round to nearest. It looks at no activation and searches no clip range, so that it stays the field's plain baseline."""
 
-    def quantize_block(self, linears: Mapping[str, nn.Linear], run: Callable[[], None], config: QuantizeConfig) -> dict[str, QuantizedWeight]:
+    def quantize_block(
+        self, linears: Mapping[str, nn.Linear], run: Run, config: QuantizeConfig, folds: Sequence[Fold] = ()
+    ) -> dict[str, QuantizedWeight]:
         """See Quantizer."""
-        return {name: self._quantize(linear, own) for name, linear in linears.items() if (own := config.for_module(name))}
-
-    def _quantize(self, linear: nn.Linear, config: QuantizeConfig) -> QuantizedWeight:
-        weight = linear.weight.detach().float()
-        scales, zeros = group_params(weight, bits=config.bits, group_size=config.group_size, symmetric=config.symmetric)
-        k = weight.shape[1]
-        codes = affine.quantize(weight, affine.expand(scales, k), affine.expand(zeros.float(), k), config.bits)
-        return QuantizedWeight(codes.to(torch.uint8), scales.half(), None if config.symmetric else zeros, config.bits)
+        return {name: nearest(linear.weight, own) for name, linear in linears.items() if (own := config.for_module(name))}

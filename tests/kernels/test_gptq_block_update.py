@@ -157,7 +157,7 @@ def good_arguments():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 6}, "bits must be one of 2, 3, 4, 8, got 6"),
+        ({"bits": 9}, "bits must be 2 to 8, got 9"),
         ({"weight": torch.zeros(8, 4).t()}, r"weight must be contiguous torch.float32 \(4, 8\), got torch.float32 \(4, 8\) not contiguous"),
         ({"weight": torch.zeros(8)}, "weight must be contiguous torch.float32"),
         ({"hinv": torch.eye(7)}, r"hinv must be contiguous torch.float32 \(8, 8\), got torch.float32 \(7, 7\)"),

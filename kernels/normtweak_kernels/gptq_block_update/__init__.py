@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import gpu, packing, registry
+from .. import affine, gpu, registry
 from . import cpp_kernel, reference  # noqa: F401  (they register their bodies)
 
 registry.register_lazily("gptq_block_update", "triton", f"{__name__}.triton_kernel", gpu.refuses)
@@ -66,7 +66,7 @@ def gptq_block_update(
     else written for each group of K / G columns that starts in the block, which must hold whole groups.
     Raises ValueError for other shapes, dtypes, bits or ranges.
     """
-    packing.check_bits("gptq_block_update", bits)
+    affine.check_bits("gptq_block_update", bits)
     n, k = weight.shape if weight.dim() == 2 else (-1, -1)
     wanted: tuple[tuple[str, Tensor, torch.dtype, tuple[int, ...]], ...] = (
         ("weight", weight, torch.float32, (n, k)),

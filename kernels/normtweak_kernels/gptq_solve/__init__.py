@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import packing, registry
+from .. import affine, registry
 from . import cpp_kernel, reference  # noqa: F401  (they register their bodies)
 
 torch.library.define(
@@ -43,7 +43,7 @@ def gptq_solve(
     for the weight's own.
     Raises ValueError for other shapes, dtypes, bits or block sizes.
     """
-    packing.check_bits("gptq_solve", bits)
+    affine.check_bits("gptq_solve", bits)
     n, k = weight.shape if weight.dim() == 2 else (-1, -1)
     groups = scales.shape[0] if scales.dim() == 2 else 0
     wanted: tuple[tuple[str, Tensor, torch.dtype, tuple[int, ...]], ...] = (

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import packing, registry
+from .. import affine, registry
 from . import cpp_kernel, reference  # noqa: F401  (they register their bodies)
 
 torch.library.define(
@@ -50,7 +50,7 @@ def group_params(
     Returns scales float32 [G, N] (each a float16 value) and zeros uint8 [G, N], with G = K / group_size.
     Raises ValueError for other bits, shapes, dtypes or group sizes.
     """
-    packing.check_bits("group_params", bits)
+    affine.check_bits("group_params", bits)
     if weight.dim() != 2 or weight.dtype != torch.float32:
         raise ValueError(f"group_params: weight must be float32 [N, K], got {weight.dtype} {tuple(weight.shape)}")
     k = weight.shape[1]
