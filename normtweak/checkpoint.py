@@ -6,7 +6,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import QuantizeConfig, check_out_folder, require
+from .config import check_out_folder, require
 
 logger = logging.getLogger(__name__)
 
@@ -219,44 +218,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def packed_config(config: QuantizeConfig, version: str, skipped: list[str]) -> dict[str, Any]:
-    """`quantization_config` of a GPTQ v1 checkpoint. desc_act is false: act-order here keeps static groups in their own order, so g_idx is k // group_size.
-
-    What differs by module is in `dynamic`, as GPTQModel writes it and vLLM reads it: regular expressions that match from a path's beginning, the first match counts,
-    `-:` in front for modules that are not quantized. skipped: paths of linears that hold floating-point weights.
-    """
-    settings = {
-        "quant_method": "gptq",
-        "bits": config.bits,
-        "group_size": config.group_size,
-        "sym": config.symmetric,
-        "desc_act": False,
-        "lm_head": config.lm_head,
-        "checkpoint_format": "gptq",
-        "pack_dtype": "int32",
-        "modules_to_not_convert": skipped,
-        "meta": {
-            "quantizer": [f"normtweak:{version}"],
-            "damp_percent": config.damp_percent,
-            "act_order": config.act_order,
-            "static_groups": True,
-        },
-    }
-    dynamic: dict[str, dict[str, int]] = {f"-:.*(?:{pattern})": {} for pattern in config.skip}
-    for own in config.overrides:
-        dynamic.setdefault(f"+:.*(?:{own.pattern})", own.given())
-    return settings | {"dynamic": dynamic} if dynamic else settings
-
-
-def module_settings(quantization: dict[str, Any], path: str) -> dict[str, Any] | None:
-    """A GPTQ checkpoint's settings for the linear at `path`, its `dynamic` (see packed_config) applied; None for one that isn't quantized."""
-    for pattern, own in (quantization.get("dynamic") or {}).items():
-        try:
-            found = re.match(pattern.removeprefix("-:").removeprefix("+:"), path)
-        except re.error as error:
-            raise ValueError(f"load: dynamic must have regular expressions for keys, got {pattern!r} ({error})") from None
-        if found:
-            return None if pattern.startswith("-:") else quantization | own
-    return quantization

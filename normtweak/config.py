@@ -166,7 +166,8 @@ class QuantizeConfig:
     overrides: other bits and group sizes for some linears; the first whose pattern is found in a linear's path counts. skip: patterns of linears
     that stay as they are, which counts before any override. lm_head: quantize the output head too.
     tweak: how each block's norms are tweaked, or None to leave them. polish: how all norms are polished at the end, or
-    None; the default preset polishes unless its tweak is None. compute_dtype: "auto", "float32" or "bfloat16", in which activations are multiplied.
+    None; the default preset polishes unless its tweak is None. format: of the checkpoint, "gptq", "gptq_v2" or "compressed-tensors", or "auto": gptq for symmetric
+    codes, gptq_v2 for others, whose zero points version 1 can't all hold. compute_dtype: "auto", "float32" or "bfloat16", in which activations are multiplied.
     """
 
     bits: int = 4
@@ -183,6 +184,7 @@ class QuantizeConfig:
     tweak: TweakConfig | None = field(default_factory=TweakConfig)
     polish: PolishConfig | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    format: str = "auto"
     compute_dtype: str = "auto"
     seed: int = 0
 
@@ -196,6 +198,11 @@ class QuantizeConfig:
         require(0 < self.damp_percent < 1, where, "damp_percent", "a fraction between 0 and 1", self.damp_percent)
         require(self.block_size >= 1, where, "block_size", "1 or more", self.block_size)
         require(0 <= self.clip_steps <= 1000, where, "clip_steps", "0 to 1000", self.clip_steps)
+        _one_of(where, "format", self.format, ("auto", "gptq", "gptq_v2", "compressed-tensors"))
+        held = self.symmetric or self.format != "gptq"
+        require(
+            held, where, "format", "auto, gptq_v2 or compressed-tensors for asymmetric codes (gptq, version 1, has no zero point of 0)", self.format
+        )
         _one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
         require(self.seed >= 0, where, "seed", "0 or more", self.seed)
 
@@ -231,6 +238,12 @@ class QuantizeConfig:
         if own is None:
             return self
         return dataclasses.replace(self, **own.given())
+
+    @property
+    def written_format(self) -> str:
+        """The checkpoint's format, auto decided."""
+        auto = "gptq" if self.symmetric else "gptq_v2"
+        return auto if self.format == "auto" else self.format
 
     @property
     def needs_calibration(self) -> bool:

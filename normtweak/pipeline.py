@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import calibration, families, models, norms, quantizers
+from . import calibration, families, formats, models, norms, quantizers
 from .activations import BlockCalls, Stream, compute_dtype, embed_all
-from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter, packed_config
+from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter
 from .config import PolishConfig, QuantizeConfig, check_out_folder, require
 from .linear import PackedLinear, quantizable_linears
 from .loop import BlockReport, quantize_blocks
@@ -54,7 +54,7 @@ def quantize(
     tokens: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Quantize MODEL (see `models.resolve`) into the new folder `out`, a GPTQ v1 checkpoint with tweaked norms.
+    """Quantize MODEL (see `models.resolve`) into the new folder `out`, a checkpoint of format `config.format` with tweaked norms.
 
     tokens: token ids int64 [samples, length] to calibrate on; None takes what `config.calibration` names.
     Everything that can be wrong with the input is found before any heavy work: raises ValueError in one line. The folder appears when it is
@@ -152,7 +152,20 @@ class _Plan:
             fits = own.group_size == -1 or k % own.group_size == 0
             require(fits, "quantize", "group_size", f"a divisor of {name}'s {k} input features", own.group_size)
         self.tied = models.tied_names(self.model)
+        self.format = formats.open_format(self._quantization())
         self._check_parameters()
+
+    def _quantization(self) -> dict[str, Any]:
+        schemes = {name: formats.Scheme(own.bits, own.group_size, own.symmetric) for name, own in self.packed.items()}
+        plain = [name for name in quantizable_linears(self.model) if name not in schemes]
+        own = self.config
+        meta = {
+            "quantizer": [f"normtweak:{version('normtweak')}"],
+            "damp_percent": own.damp_percent,
+            "act_order": own.act_order,
+            "static_groups": True,
+        }
+        return formats.describe(own.written_format, schemes, plain, head=self.head, meta=meta)
 
     def _check_parameters(self) -> None:
         missing = self.folder.missing(self.model)
@@ -240,7 +253,7 @@ class _Plan:
     def written_packed(self, name: str, module: PackedLinear) -> dict[str, Tensor]:
         """A packed linear's tensors by their names in the checkpoint."""
         prefix = self.written_name(f"{name}.weight").removesuffix("weight")
-        return {prefix + leaf: tensor for leaf, tensor in module.to_gptq().items()}
+        return {prefix + leaf: tensor for leaf, tensor in self.format.write(name, module).items()}
 
 
 def _check_patterns(config: QuantizeConfig, names: list[str]) -> None:
@@ -341,14 +354,14 @@ def _write_rest(plan: _Plan, head: dict[str, Tensor], writer: CheckpointWriter) 
         if stored is not None:
             rest[plan.written_name(name)] = _stored(weights.read(stored), plan.stored_dtype)
     writer.write(plan.blocks, rest)
-    skipped = [name for name in quantizable_linears(plan.model) if name not in plan.packed]
-    quantization = packed_config(plan.config, version("normtweak"), skipped)
+    quantization = plan.format.settings
     settings = plan.folder.config.to_dict()
     settings |= {"dtype": str(plan.stored_dtype).removeprefix("torch."), "quantization_config": quantization}
     if head:  # packed codes are no embedding
         settings["tie_word_embeddings"] = False
     writer.write_json("config.json", settings)
-    writer.write_json(QUANTIZE_CONFIG, quantization)
+    if quantization["quant_method"] == "gptq":
+        writer.write_json(QUANTIZE_CONFIG, quantization)
     plan.folder.tokenizer.save_pretrained(writer.partial)
     if (plan.folder.path / "generation_config.json").is_file():
         shutil.copyfile(plan.folder.path / "generation_config.json", writer.partial / "generation_config.json")

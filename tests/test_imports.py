@@ -21,7 +21,7 @@ FLOORS = [
     {"pipeline"},
     {"loop", "polish", "evaluate", "integrations", "describe", "warm"},
     {"models", "text", "tasks"},
-    {"quantizers", "calibration", "checkpoint"},
+    {"quantizers", "calibration", "checkpoint", "formats"},
     {"losses", "families", "norms", "activations", "linear"},
     {"config", "estimates", "terminal"},
     {"progress", "memory"},

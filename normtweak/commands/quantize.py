@@ -40,15 +40,18 @@ def quantize(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="gptq, gptq_v2 or compressed-tensors.", show_default="gptq; gptq_v2 with --asymmetric")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same bytes.", show_default="0")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON file of QuantizeConfig settings; options given here win.", show_default=False)] = None,
 ) -> None:
-    """Quantize MODEL block by block, tweak each block's norms, polish them all together, write a packed checkpoint (GPTQ v1 layout)."""
+    """Quantize MODEL block by block, tweak each block's norms, polish them all together, write a packed checkpoint."""
     from .. import pipeline
     from ..config import ModuleOverride, QuantizeConfig
 
     settings = _read_settings(config)
-    given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "method": method, "seed": seed}
+    given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "method": method, "format": form, "seed": seed}
     settings |= {key: value for key, value in given.items() if value is not None}
     if module:
         settings["overrides"] = [ModuleOverride.parse(entry) for entry in module]
