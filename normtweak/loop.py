@@ -137,7 +137,8 @@ def tweak_block(block: nn.Module, index: int, count: int, stream: Stream, target
     for _ in range(config.iterations):
         for rows in trained[torch.randperm(len(trained), generator=order)].split(config.batch_size):
             output = stream.call(with_parameters(block, {p.name: p.value() for p in parameters}), index, rows)
-            loss = loss_of(output, target[rows], token_mask(target[rows], config))
+            wanted = target[rows].to(output.device)
+            loss = loss_of(output, wanted, token_mask(wanted, config))
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -172,5 +173,8 @@ def mean_loss(block: nn.Module, index: int, stream: Stream, target: Tensor, conf
     """The tweak's loss of a block as it is over some of the sequences, in batches of the tweak's own size."""
     loss_of = losses.find(config.loss)
     batches = rows.split(config.batch_size)
-    losses_of_batches = [loss_of(stream.call(block, index, b), target[b], token_mask(target[b], config)).item() for b in batches]
-    return sum(losses_of_batches) / len(batches)
+    total = 0.0
+    for batch in batches:
+        wanted = target[batch].to(stream.device)
+        total += loss_of(stream.call(block, index, batch), wanted, token_mask(wanted, config)).item()
+    return total / len(batches)

@@ -104,14 +104,15 @@ class _Objective:
         self._model, self._blocks, self._start = model, blocks, start
         self._tokens, self._hidden, self._dtype = tokens, float_hidden, dtype
         self._calls = BlockCalls(model, blocks)
-        self._calls.embed(tokens[:1])
+        self._device = next(model.parameters()).device
+        self._calls.embed(tokens[:1].to(self._device))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        tokens = self._tokens[rows]
+        tokens, hidden = self._tokens[rows].to(self._device), self._hidden[rows].to(self._device)
         with computing(tokens.device.type, self._dtype):
             with torch.no_grad():
                 # What follows the blocks, with the norm that the float model has there.
-                target = self._calls.logits(tokens, self._hidden[rows], self._start)
+                target = self._calls.logits(tokens, hidden, self._start)
             with checkpointed(self._blocks):
                 output = self._model(input_ids=tokens, use_cache=False).logits
         return _Divergence.apply(output, target)

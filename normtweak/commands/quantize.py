@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..terminal import Model, TerminalProgress, console
+from ..terminal import Device, Model, TerminalProgress, console
 
 
 def quantize(
@@ -44,6 +44,7 @@ def quantize(
         str | None, typer.Option("--format", help="gptq, gptq_v2 or compressed-tensors.", show_default="gptq; gptq_v2 with --asymmetric")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same bytes.", show_default="0")] = None,
+    device: Device = "auto",
     config: Annotated[Path | None, typer.Option(help="JSON file of QuantizeConfig settings; options given here win.", show_default=False)] = None,
 ) -> None:
     """Quantize MODEL block by block, tweak each block's norms, polish them all together, write a packed checkpoint."""
@@ -64,7 +65,7 @@ def quantize(
         settings["tweak"] = None
     if no_tweak or no_polish:
         settings["polish"] = None
-    report = pipeline.quantize(model, out=out, config=QuantizeConfig.preset(preset, **settings), progress=TerminalProgress())
+    report = pipeline.quantize(model, out=out, config=QuantizeConfig.preset(preset, **settings), progress=TerminalProgress(), device=device)
     if report.polish:
         console.print(f"polish: {report.polish}", highlight=False)
     console.print(
