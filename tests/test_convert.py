@@ -8,7 +8,7 @@ import torch
 import normtweak
 from normtweak import QuantizeConfig, card
 from normtweak.linear import PackedLinear
-from small_models import edit, make_packed, scattered, tensors_of
+from small_models import edit, make_model, make_packed, scattered, tensors_of
 
 
 def equal(a, b):
@@ -47,6 +47,16 @@ def test_there_and_back(small_model, tmp_path, settings):
     own = [config.pop("quantization_config") for config in settings]
     assert settings[0] == settings[1]
     assert all(own[0][key] == own[1][key] for key in own[0] if key not in ("meta", "dynamic", "modules_to_not_convert"))
+
+
+@pytest.mark.parametrize(("model_type", "sizes"), [("gpt2", {}), ("bloom", {}), ("mixtral", {"num_local_experts": 2})])
+def test_other_families(tmp_path, model_type, sizes):
+    """Conv1D, names that differ from today's modules, experts."""
+    first = make_packed(make_model(tmp_path / "float", model_type, **sizes), tmp_path / "first", bits=3)
+    normtweak.convert(first, out=tmp_path / "other", format="compressed-tensors")
+    normtweak.convert(tmp_path / "other", out=tmp_path / "back", format="gptq")
+    assert equal(first, tmp_path / "back")
+    assert packed_of(tmp_path / "other").keys() == packed_of(first).keys()
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq_v2", "compressed-tensors"])
