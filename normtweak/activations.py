@@ -171,6 +171,44 @@ class Stream:
         return Stream(hidden, self._calls, self.batch_size, self.compute_dtype, self.device)
 
 
+class Passes:
+    """Calls that send the calibration text through a block that is being quantized, while whoever quantizes it watches.
+
+    A pass is through the block as it stands. The first of each stream is to be through its float weights: its output is kept.
+    """
+
+    def __init__(self, block: nn.Module, index: int, stream: Stream | None, float_stream: Stream | None) -> None:
+        self._block, self._index = block, index
+        self._streams = {"quantized": stream, "float": float_stream}
+        self._outputs: dict[str, Tensor] = {}
+
+    @property
+    def has_float(self) -> bool:
+        """Whether the float model's own activations are kept."""
+        return self._streams["float"] is not None
+
+    def __call__(self) -> None:
+        """Send what the quantized blocks before gave."""
+        self._send("quantized")
+
+    def of_float(self) -> None:
+        """Send the float model's own activations."""
+        self._send("float")
+
+    def output(self, name: str) -> Tensor:
+        """What the float block makes [S, L, H] of the stream "quantized" or "float"."""
+        if name not in self._outputs:
+            self._send(name)
+        return self._outputs[name]
+
+    def _send(self, name: str) -> None:
+        stream = self._streams[name]
+        if stream is None:
+            raise ValueError("quantize: this method must be given calibration text, got none")
+        output = stream.through(self._block, self._index)
+        self._outputs.setdefault(name, output)
+
+
 @contextmanager
 def computing(device: str, dtype: torch.dtype) -> Iterator[None]:
     """Matrix products in `dtype` (autocast), norms and sums in float32."""

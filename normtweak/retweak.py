@@ -138,11 +138,11 @@ def _tweak_blocks(
                 block.to("meta")
                 block, place = packed.open_block(index), f"{packed.path}.{index}."
                 start = {p.name: p.start for p in norms.norm_parameters(block, relative=True)}
-                before, after = tweak_block(block, index, packed.blocks, stream, target, chosen, config.seed)
+                before, after, rate = tweak_block(block, index, packed.blocks, stream, target, chosen, config.seed)
                 found = {name: block.get_parameter(name).detach() for name in start}
                 values |= {place + name: value.clone() for name, value in found.items() if not torch.equal(value, start[name])}
                 stream = stream.moved(stream.through(block, index))
-                report.blocks.append(BlockReport(index, time.perf_counter() - began, before, after))
+                report.blocks.append(BlockReport(index, time.perf_counter() - began, before, after, rate))
             block.to("meta")
             float_stream = float_stream.moved(float_output)
             advance(str(report.blocks[-1]) if chosen else "")
