@@ -35,6 +35,8 @@ CELLS: dict[str, dict[str, Any]] = {
 # What each recipe asks for beside the default preset.
 RECIPES: dict[str, dict[str, Any]] = {
     "gptq": {"tweak": None, "polish": None},
+    "plain gptq": {"tweak": None, "polish": None, "sequential": False, "correction": 0.0},
+    "correction 1": {"tweak": None, "polish": None, "correction": 1.0},
     "tweak": {"polish": None},
     "default": {},
     "polish": {"tweak": None, "polish": {}},

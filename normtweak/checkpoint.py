@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import check_out_folder, require
+from .files import beside, sync
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class CheckpointWriter:
         """Write shard `number` (from 0) at once, whole or not at all."""
         name = f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
         whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        with _beside(self.partial / name) as path:
+        with beside(self.partial / name) as path:
             save_file(whole, path, metadata={"format": "pt"})
         self._weight_map |= dict.fromkeys(whole, name)
         self._bytes += sum(tensor.nbytes for tensor in whole.values())
@@ -222,12 +222,12 @@ class CheckpointWriter:
         """Write the index and move the folder to its place."""
         self.write_json(INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))})
         for path in self.partial.rglob("*"):
-            _sync(path)
-        _sync(self.partial)
+            sync(path)
+        sync(self.partial)
         self._whole = True
         check_out_folder(self.out)
         self.partial.rename(self.out)
-        _sync(self.out.parent)
+        sync(self.out.parent)
 
 
 def check_parent(file: Path) -> None:
@@ -238,26 +238,10 @@ def check_parent(file: Path) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     check_parent(file)
-    with _beside(file) as path:
+    with beside(file) as path:
         path.write_text(text, encoding="utf8")
 
 
 def write_json(file: Path, data: Any) -> None:
     """Write a JSON file whole or not at all."""
     write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    _sync(temporary)
-    temporary.rename(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

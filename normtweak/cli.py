@@ -14,7 +14,9 @@ from .commands.demo import demo
 from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.inspect import inspect
+from .commands.paper import paper
 from .commands.quantize import quantize
+from .commands.serve import serve
 from .commands.tweak import tweak
 from .terminal import errors
 
@@ -34,8 +36,10 @@ app.command()(convert)
 app.command(name="eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)
+app.command()(serve)
 app.command()(bench)
 app.command()(demo)
+app.command()(paper)
 
 
 def main() -> None:

@@ -27,10 +27,17 @@ def _one_of(where: str, argument: str, value: object, choices: tuple[object, ...
 class CalibrationConfig:
     """The text that the quantizer and the tweak see.
 
-    source: "generated" (the model writes it itself), "random" (uniform token ids) or the path of a text file.
+    source: "generated" (the model writes it itself), "random" (uniform token ids), the path of a UTF-8 text file or of a .jsonl file, or "hf:NAME": a dataset
+    of the hub or a folder that the package datasets reads.
     samples, length: number of sequences and tokens in each. batch_size: sequences run through a block at once.
     greedy_tokens: how many tokens after the first are the likeliest ones, before sampling at temperature 1 begins (LLM-QAT,
     arXiv 2305.17888, section 3.1).
+    languages: what a generated text may begin with: None, a capitalised word; "any", any token (LLM-QAT); "en:0.49,zh:0.26", words of these
+    languages in these proportions (Norm Tweaking, arXiv 2309.02784: the top languages of the model's training text); "family", the model family's own.
+    words: "LANGUAGE=FILE" each, a file of a language's words, one a line, where the script alone doesn't tell its tokens.
+    field: of a .jsonl line or a dataset's row, None for "text" ("messages" with chat). subset, split: of a dataset. chat: the field holds messages, for the
+    tokenizer's chat template.
+    cache: keep generated text in the user's cache folder, and take it from there.
     """
 
     source: str = "generated"
@@ -40,14 +47,48 @@ class CalibrationConfig:
     # time, which takes a tenth of the pass.
     batch_size: int = 4
     greedy_tokens: int = 4
+    languages: str | None = None
+    words: tuple[str, ...] = ()
+    field: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    chat: bool = False
+    cache: bool = True
 
     def __post_init__(self) -> None:
         where = "CalibrationConfig"
-        require(isinstance(self.source, str) and bool(self.source), where, "source", "generated, random or a file's path", self.source)
+        require(isinstance(self.source, str) and bool(self.source), where, "source", "generated, random, a file's path or hf:NAME", self.source)
         require(self.samples >= 1, where, "samples", "1 or more", self.samples)
         require(self.length >= 8, where, "length", "8 or more tokens", self.length)
         require(self.batch_size >= 1, where, "batch_size", "1 or more", self.batch_size)
         require(0 <= self.greedy_tokens < self.length, where, "greedy_tokens", f"0 to {self.length - 1}", self.greedy_tokens)
+        require(self.languages is None or self.source == "generated", where, "languages", "left out unless the source is generated", self.languages)
+        listed = parse_shares(self.languages or "") if self.languages not in (None, "any", "family") else {}
+        for entry in self.words:
+            language, _, file = entry.partition("=")
+            known = language in listed or (self.languages == "family" and language)
+            require(bool(known and file), where, "words", "LANGUAGE=FILE for one of the languages", entry)
+        dataset = self.source.startswith("hf:")
+        documents = dataset or self.source.endswith(".jsonl")
+        for argument in ("field", "chat"):
+            value = getattr(self, argument)
+            require(not value or documents, where, argument, "left out unless the source is a .jsonl file or hf:NAME", value)
+        for argument, given in (("subset", self.subset is not None), ("split", self.split != "train")):
+            require(not given or dataset, where, argument, "left out unless the source is hf:NAME", getattr(self, argument))
+
+
+def parse_shares(text: str) -> dict[str, float]:
+    """Languages and their shares from "en:0.49,zh:0.26"; shares are proportions and need not add up to 1. Raises ValueError for anything else."""
+    shares: dict[str, float] = {}
+    for entry in text.split(","):
+        form = re.fullmatch(r"\s*(?P<language>[A-Za-z-]+):(?P<share>\d+(\.\d*)?|\.\d+)\s*", entry)
+        good = form is not None and float(form["share"]) > 0 and form["language"] not in shares
+        require(
+            good, "CalibrationConfig", "languages", 'any, family, or languages and shares above 0 as in "en:0.49,zh:0.26", each once', text or "''"
+        )
+        assert form is not None
+        shares[form["language"]] = float(form["share"])
+    return shares
 
 
 @dataclass(frozen=True)

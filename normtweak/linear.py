@@ -55,11 +55,11 @@ class PackedLinear(nn.Module):
         """From codes and their parameters; scales are rounded to float16, as checkpoints store them."""
         return cls(weight.pack(), weight.scales.half(), weight.zeros, bias, bits=weight.bits, in_features=weight.codes.shape[1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features], in x's dtype, or in autocast's where that is on."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in_features] -> [..., out_features], in x's dtype, or in autocast's where that is on. bias: in place of the module's own."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        parameter = self._parameters["bias"]
+        parameter = self._parameters["bias"] if bias is None else bias
         bias = None if parameter is None else parameter.to(x.dtype)
         # Straight from the dictionary, past nn.Module's attribute lookup: a token costs a call of every linear.
         buffers = cast(dict[str, Tensor], self._buffers)

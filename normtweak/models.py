@@ -26,6 +26,7 @@ from normtweak_kernels.dequant_gemm import ACTIVATIONS
 from . import families, formats
 from .checkpoint import QUANTIZE_CONFIG, RECIPE, WeightFiles
 from .config import require
+from .files import cache_folder
 from .linear import PackedLinear, is_conv1d, present_linears, quantizable_linears, replace
 
 logger = logging.getLogger(__name__)
@@ -79,11 +80,6 @@ def _from_hub(name: str) -> Path:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $XDG_CACHE_HOME/normtweak or ~/.cache/normtweak."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "normtweak"
 
 
 def _from_gguf(path: Path) -> Path:
@@ -182,6 +178,15 @@ class ModelFolder:
             return name
 
         return WeightFiles(self.path, rename)
+
+    def digest(self) -> str:
+        """SHA-256 of all files that decide what the model writes: weights, configuration, tokenizer."""
+        total = hashlib.sha256()
+        for path in sorted(self.path.iterdir()):
+            if path.suffix in (".safetensors", ".json", ".model", ".jinja", ".txt"):
+                with path.open("rb") as file:
+                    total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()
 
     @property
     def quantization(self) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from . import calibration, card, families, formats, models, norms, quantizers
 from .activations import Stream, compute_dtype, device_of, embed_all
 from .blocks import BlockReader
+from .calibration import Author, Calibration
+from .calibration.quality import TextReport
 from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter, check_disk
 from .config import PolishConfig, QuantizeConfig, RetweakConfig, check_out_folder, require
 from .linear import PackedLinear, quantizable_linears
@@ -34,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Report:
-    """What a run did. seconds: by stage. peak_memory: bytes above what the process held at the start. sizes in bytes."""
+    """What a run did. seconds: by stage. peak_memory: bytes above what the process held at the start. sizes in bytes. calibration: of the text it chose itself."""
 
     out: Path
     float_size: int = 0
@@ -43,6 +46,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     blocks: list[BlockReport] = field(default_factory=list)
     polish: PolishReport | None = None
+    calibration: TextReport | None = None
 
 
 def quantize(
@@ -73,22 +77,24 @@ def quantize(
         sequences = config.calibration.samples if tokens is None else len(tokens)
         enough = config.polish is None or sequences > 1
         require(enough, "quantize", "polish", "given two sequences or more, as one is held out", sequences)
+        report = Report(out, seconds=stages.seconds)
+        take_text = None
         if tokens is not None:
             plan.check_tokens("quantize", tokens)
         elif config.needs_calibration:
             folder.check_length("quantize", config.calibration.length)
-            if config.calibration.source != "generated":
-                tokens = calibration_tokens(plan, config, progress)
+            take_text = calibration_text(folder, config, plan.device)
         with CheckpointWriter(out, plan.blocks + 1) as writer:
             with stages("check"), progress.task("checking weights", len(folder.weights.names())) as advance:
                 for _ in folder.weights.check_finite():
                     advance()
                 if config.needs_calibration:
                     plan.check_calls()
-            if tokens is None and config.needs_calibration:
+            if take_text is not None:
                 with stages("calibration"):
-                    tokens = calibration_tokens(plan, config, progress)
-            report = Report(out, seconds=stages.seconds)
+                    text = take_text(progress)
+                    tokens, report.calibration = text.tokens, text.report
+                    release()  # the whole float model, which wrote the text, goes before the blocks come
             with stages("blocks"):
                 report.blocks, stream, float_stream = _run_blocks(plan, tokens, writer, progress)
                 _write_rest(plan, _quantize_head(plan, tokens, stream, progress), writer)
@@ -230,16 +236,17 @@ def _stored_dtype(folder: ModelFolder) -> torch.dtype:
     return folder.config.dtype if folder.config.dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
-def calibration_tokens(reader: BlockReader, config: QuantizeConfig | RetweakConfig, progress: Progress) -> Tensor:
-    """The text that `config.calibration` names, int64 [samples, length]; where the model writes it itself, all of its weights are loaded for that."""
-    folder = reader.folder
-
-    def load_model() -> Any:
-        return models.load(folder.path, dtype=compute_dtype(config.compute_dtype, reader.device), device=reader.device)
-
-    tokens = calibration.token_ids(config.calibration, folder.tokenizer, load_model, folder.text_config.vocab_size, config.seed, progress)
-    release()  # the whole float model, which wrote the text, goes before the blocks come
-    return tokens
+def calibration_text(folder: ModelFolder, config: QuantizeConfig | RetweakConfig, device: torch.device) -> Callable[[Progress], Calibration]:
+    """What gives the text that `config` names for a model, when called; on `device` where the model writes it. Raises ValueError for whatever is wrong with its source."""
+    dtype = compute_dtype(config.compute_dtype, device)
+    author = Author(
+        folder.tokenizer,
+        folder.text_config.vocab_size,
+        folder.config.model_type,
+        load=lambda: models.load(folder.path, dtype=dtype, device=device),
+        identity=lambda: f"{folder.digest()} {dtype} {device.type}",
+    )
+    return calibration.prepare(config.calibration, author, config.seed)
 
 
 # What happened to each block; the stream behind the last; the float model's own.
@@ -320,6 +327,8 @@ def _write_rest(plan: _Plan, head: dict[str, Tensor], writer: CheckpointWriter) 
     quantization = plan.format.settings
     settings = plan.folder.config.to_dict()
     settings |= {"dtype": str(plan.stored_dtype).removeprefix("torch."), "quantization_config": quantization}
+    # transformers' server finds the model's class by it, and what GGUF files say lacks it
+    settings["architectures"] = settings.get("architectures") or [type(plan.model).__name__]
     if head:  # packed codes are no embedding
         settings["tie_word_embeddings"] = False
     writer.write_json("config.json", settings)
@@ -336,6 +345,7 @@ def _recipe(model: str | os.PathLike[str], config: QuantizeConfig, tokens: Tenso
         "model": os.fspath(model),
         "config": config.to_dict(),
         "calibration_tokens": None if tokens is None else tokens.numel(),
+        "calibration": asdict(report.calibration) if report.calibration else None,
         "blocks": [asdict(block) for block in report.blocks],
         "polish": asdict(report.polish) if report.polish else None,
         "seconds": report.seconds,

@@ -20,7 +20,7 @@ from .linear import quantizable_linears
 from .loop import BlockReport, tweak_block
 from .memory import PeakMemory, release
 from .models import ModelFolder
-from .pipeline import calibration_tokens
+from .pipeline import calibration_text
 from .polish import PolishReport, polish
 from .progress import Progress, Silent
 
@@ -67,12 +67,15 @@ def tweak(
         if tokens is not None:
             exact.check_tokens("tweak", tokens)
         exact.folder.check_length("tweak", config.calibration.length if tokens is None else tokens.shape[1])
+        take_text = calibration_text(exact.folder, config, place) if tokens is None else None
         exact.check_calls()
         check_disk("tweak", out, sum(path.stat().st_size for path in packed.folder.path.glob("*.safetensors")))
         report = RetweakReport(out)
         with CheckpointWriter(out, len(packed.folder.weights.by_file())) as writer:
-            if tokens is None:
-                tokens = calibration_tokens(exact, config, progress)
+            if take_text is not None:
+                tokens = take_text(progress).tokens
+                release()  # the whole float model, which wrote the text, goes before the blocks come
+            assert tokens is not None
             values, float_hidden = _tweak_blocks(packed, exact, tokens, config, report, progress)
             if config.polish:
                 release()

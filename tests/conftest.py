@@ -38,6 +38,15 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory) -> None:
+    """Text that tests generate is kept where it goes with them."""
+    from normtweak.calibration import kept
+
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(kept, "cache_folder", lambda: folder)
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory):
     """Folder of a small llama in float32, tied embeddings."""

@@ -1,15 +1,9 @@
 import pytest
 import torch
 
+from calibrating import ids, run
 from normtweak import CalibrationConfig, calibration, models
-from normtweak.calibration import generated
-from normtweak.progress import Silent
-
-
-def ids(folder, seed=0, **settings):
-    model = models.ModelFolder(folder)
-    config = CalibrationConfig(**({"samples": 5, "length": 20} | settings))
-    return calibration.token_ids(config, model.tokenizer, lambda: models.load(folder), model.config.vocab_size, seed, Silent())
+from normtweak.calibration import first_tokens, generated, quality
 
 
 @pytest.mark.parametrize("source", ["generated", "random"])
@@ -25,7 +19,7 @@ def test_shape_seed_and_no_special_tokens(small_model, source):
 
 def test_generated_text_begins_with_a_capitalised_word(small_model):
     tokenizer = models.ModelFolder(small_model).tokenizer
-    allowed = generated.first_tokens(tokenizer)
+    allowed = first_tokens.find(CalibrationConfig(), tokenizer, len(tokenizer), "llama").ids
     assert sorted(tokenizer.convert_ids_to_tokens(allowed.tolist())) == ["Once", "One", "The"]
     assert torch.isin(ids(small_model)[:, 0], allowed).all()
 
@@ -91,3 +85,43 @@ def test_bos_goes_first_where_the_tokenizer_puts_it(small_model):
 
     assert calibration.leading_bos(models.ModelFolder(small_model).tokenizer) is None
     assert calibration.with_bos(torch.tensor([[1, 2, 3]]), WithBos()).tolist() == [[7, 1, 2]]
+
+
+def test_report_of_generated_text(small_model):
+    report = run(small_model, samples=40, length=60).report
+    assert (report.source, report.sequences, report.length) == ("generated", 40, 60)
+    assert report.special == 0
+    assert report.tokens_per_second > 0
+    assert report.ends > 0
+    assert "ends of text replaced" in str(report)
+    assert "tokens/s" in str(report)
+
+
+def test_unusable_text_is_counted_once_by_what_it_is(small_model):
+    tokenizer = models.ModelFolder(small_model).tokenizer
+    good = torch.arange(2, 34)
+    repeated = good[:8].repeat(4)  # of 29 4-grams 8 are different
+    special = good.clone()
+    special[9] = tokenizer.eos_token_id
+    both = repeated.clone()
+    both[9] = tokenizer.eos_token_id
+    led = good.clone()
+    led[0] = tokenizer.bos_token_id
+    rows = torch.stack([good, repeated, special, both, led])
+    assert quality.repetition(rows)[:2].tolist() == [0.0, 1 - 8 / 29]
+    report = quality.TextReport.of("a file", rows, tokenizer)
+    assert (report.repetitive, report.special, report.unreadable) == (2, 2, 0)
+    assert report.unusable == 3 / 5
+    assert quality.TextReport.of("a file", rows, tokenizer, templated=True).special == 0
+    assert "60.0% of the sequences unusable (2 repetitive, 2 with special tokens, 0 unreadable)" in str(report)
+
+
+def test_unreadable_text():
+    class Decoder:
+        all_special_ids, bos_token_id = [], None
+
+        def batch_decode(self, rows):
+            return ["\ufffdcut at both ends, which is no fault\ufffd", "bro\ufffdken", "\ufffd\ufffd"]
+
+    rows = torch.arange(24).view(3, 8)
+    assert quality.TextReport.of("a file", rows, Decoder()).unreadable == 2

@@ -54,6 +54,20 @@ def test_quantize_says_what_it_did(packed):
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
 
 
+def test_quantize_says_what_it_calibrated_on(small_model, tmp_path):
+    options = ["--samples", 4, "--length", 24, "--method", "rtn", "--no-polish", "--bits", 8]
+    written = []
+    for name, extra in (("a", []), ("b", []), ("c", ["--no-cache"]), ("d", ["--languages", "any"])):
+        code, stdout, stderr = in_process("quantize", small_model, "--out", tmp_path / name, *options, *extra)
+        assert code == 0, stderr
+        written.append(json.loads((tmp_path / name / "normtweak.json").read_text())["calibration"])
+        assert "calibration text (generated): 4 x 24 tokens" in stdout
+        assert "of the sequences unusable" in stdout
+        assert ("from the cache" in stdout) == (name == "b")
+    assert [entry["tokens_per_second"] > 0 for entry in written] == [True, False, True, True]
+    assert [written[0][key] == written[1][key] for key in ("ends", "unusable", "sequences")] == [True] * 3
+
+
 def test_eval(packed, small_model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
@@ -152,8 +166,18 @@ def test_help_is_good_reading():
         (["quantize", "MODEL", "--out", "OUT", "--method", "magic"], "method must be one of gptq, rtn, got magic"),
         (["quantize", "MODEL", "--out", "OUT", "--preset", "best"], "preset must be one of default, paper, got best"),
         (["quantize", "MODEL", "--out", "OUT", "--calibration", "none.txt", "--length", "24"], "source must be generated, random or a text file"),
+        (["quantize", "MODEL", "--out", "OUT", "--languages", "en"], "CalibrationConfig: languages must be any, family, or languages and shares"),
+        (
+            ["quantize", "MODEL", "--out", "OUT", "--languages", "zh:1", "--length", "24"],
+            "languages must be ones that the tokenizer has words of, got zh",
+        ),
+        (["quantize", "MODEL", "--out", "OUT", "--chat"], "CalibrationConfig: chat must be left out unless the source is a .jsonl file or hf:NAME"),
         (["quantize", "MODEL", "--out", "OUT", "--config", "none.json"], "config must be a JSON file, got none.json (No such file"),
         (["eval", "MODEL", "--text", "none.txt"], "eval: text must be a text file"),
+        (["quantize", "MODEL", "--out", "OUT", "--lr", "0.1", "--lr-search"], "quantize: lr must be left out with --lr-search, got 0.1"),
+        (["quantize", "MODEL", "--out", "OUT", "--loss", "kl", "--no-tweak"], "quantize: loss must be left out with --no-tweak, got given"),
+        (["quantize", "MODEL", "--out", "OUT", "--preset", "paper", "--lr-search"], "TweakConfig: held_out must be above 0 to find a learning rate"),
+        (["quantize", "MODEL", "--out", "OUT", "--loss", "l1"], "loss must be one of channel, channel_squared, token_mse, mse, kl, got l1"),
         (["quantize", "MODEL", "--out", "OUT"], "quantize: length must be at most the model's 128 positions, got 256"),
         (["quantize", "MODEL", "--out", "OUT", "--config", "."], "config must be a JSON file, got . (Is a directory)"),
         (["eval", "MODEL", "--length", "200"], "eval: length must be at most the model's 128 positions, got 200"),
@@ -216,6 +240,17 @@ def test_modules_of_their_own(small_model, tmp_path):
     code, stdout, _ = in_process("inspect", tmp_path / "out")
     assert code == 0
     assert "2 of 8 bits in groups of 16, symmetric" in stdout
+
+
+def test_the_schedule(small_model, tmp_path):
+    options = ["--bits", 2, "--group-size", 32, "--loss", "channel", "--iterations", 2, "--lr-search"]
+    code, _, stderr = in_process("quantize", small_model, "--out", tmp_path / "out", *options, *SMALL)
+    assert code == 0, stderr
+    recipe = json.loads((tmp_path / "out" / "normtweak.json").read_text())
+    tweak = recipe["config"]["tweak"]
+    assert (tweak["loss"], tweak["iterations"], tweak["learning_rate"]) == ("channel", 2, None)
+    assert recipe["config"]["polish"]["learning_rate"] is None
+    assert recipe["polish"]["rate"] > 0
 
 
 def test_models_of_different_vocabularies_are_not_compared(small_model, tmp_path):

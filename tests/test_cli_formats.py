@@ -4,9 +4,9 @@ import json
 import re
 
 import pytest
-from test_cli import in_process
 
 from small_models import make_packed
+from test_cli import in_process
 
 TEXT = ["--calibration", "random", "--samples", 4, "--length", 24]
 

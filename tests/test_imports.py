@@ -17,32 +17,32 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"commands"},
-    {"demo"},
+    {"demo", "paper"},
     {"retweak"},
-    {"pipeline", "convert"},
+    {"pipeline", "convert", "serving"},
     {"loop", "polish", "evaluate", "integrations", "describe", "warm", "blocks", "card"},
     {"models", "text", "tasks"},
-    {"quantizers", "calibration", "checkpoint", "formats"},
+    {"quantizers", "calibration", "checkpoint", "formats", "shards"},
     {"losses", "families", "norms", "activations", "linear"},
     {"config", "estimates", "terminal"},
-    {"progress", "memory"},
+    {"progress", "memory", "files"},
 ]
 SIDEWAYS: set[tuple[str, str]] = set()
 # Heavy or optional packages, and the only files whose business they are.
 OWNERS = {
-    "transformers": {"models", "integrations/transformers"},
+    "transformers": {"models", "integrations/transformers", "integrations/transformers_serve"},
     "accelerate": {"models"},
     "huggingface_hub": {"models"},
-    "safetensors": {"checkpoint", "models"},
+    "safetensors": {"checkpoint", "models", "calibration/kept"},
     "typer": {"cli", "terminal", "commands/*"},
-    "rich": {"cli", "terminal", "commands/*", "demo"},
-    "datasets": set(),
+    "rich": {"cli", "terminal", "commands/*", "demo", "paper/tables", "paper/run"},
+    "datasets": {"calibration/hub"},
     "vllm": {"integrations/vllm"},
     "lm_eval": {"evaluate"},
-    "matplotlib": set(),
+    "matplotlib": {"paper/figure"},
     "normtweak_kernels": None,
 }
-LAZY = {"transformers", "accelerate", "huggingface_hub", "vllm", "lm_eval"}
+LAZY = {"transformers", "accelerate", "huggingface_hub", "vllm", "lm_eval", "datasets", "matplotlib"}
 
 
 def imports(path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 
@@ -111,6 +111,24 @@ class DequantGemmGpuLists:
     many_rows: tuple[DequantGemmGpu, ...]
     int8: tuple[DequantGemmGpu, ...]
     backward: tuple[DequantGemmGpu, ...]
+    # What comes before them for weights of so many bits, with groups or without; with those of others it would spill.
+    many_rows_first: Mapping[tuple[int, bool], DequantGemmGpu]
+    backward_first: Mapping[tuple[int, bool], DequantGemmGpu]
+
+    def products(self, bits: int, groups: int) -> tuple[DequantGemmGpu, ...]:
+        """Those for many rows of x and such a weight."""
+        return self._with_first(self.many_rows_first, self.many_rows, bits, groups)
+
+    def gradients(self, bits: int, groups: int) -> tuple[DequantGemmGpu, ...]:
+        """Those for the backward in x and such a weight."""
+        return self._with_first(self.backward_first, self.backward, bits, groups)
+
+    @staticmethod
+    def _with_first(
+        first: Mapping[tuple[int, bool], DequantGemmGpu], configs: tuple[DequantGemmGpu, ...], bits: int, groups: int
+    ) -> tuple[DequantGemmGpu, ...]:
+        key = bits, groups > 1
+        return (first[key], *configs) if key in first else configs
 
 
 # 8 warps share the 128 chunks of K = 4096 in 16 chunks each, two at a time and thread: 3 to 4 programs on a multiprocessor have 48 to 64 KB of a
@@ -128,13 +146,16 @@ _FEW_ROWS = tuple(
     for block_n, split_k in ((64, 8), (128, 8), (64, 4))
 )
 
-# Tensor cores stay busy while what a code costs, 2 to 4 instructions, is shared by 128 rows of x (wgmma, twice as fast, wants 256). Each thread
-# then holds 128 sums, which fills the registers of sm_80: 128 x 256 has room per channel alone, so that 128 x 128 comes first.
+# Tensor cores stay busy while what a code costs, 2 to 4 instructions, is shared by many rows of x, and while a warp reads x from shared memory for 32
+# rows of W rather than 16. 128 rows of x by 32 of W fill a thread's registers: 4 and 8 bits per channel have the room. 64 rows leave room for every kind
+# of weight, with the integer units as the bound; 3 bits cost them so much that 128 by 16 rows are better (three stages: with two the compiler spills).
 _MANY_ROWS = (
-    DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=2),
-    DequantGemmGpu(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=2),
+    DequantGemmGpu(block_m=64, block_n=256, block_k=64, num_warps=8, num_stages=2),
     DequantGemmGpu(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=2),
 )
+_MANY_ROWS_3_BITS = DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
+_MANY_ROWS_CHANNELS = DequantGemmGpu(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=2)
+# wgmma is twice as fast, and wants 256 rows of x.
 _MANY_ROWS_WGMMA = (
     DequantGemmGpu(block_m=256, block_n=128, block_k=64, num_warps=8, num_stages=3),
     DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4),
@@ -144,22 +165,36 @@ _INT8 = (
     DequantGemmGpu(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3),
     DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
 )
-_BACKWARD = (
-    DequantGemmGpu(block_m=128, block_n=64, block_k=128, num_warps=8, num_stages=3),
-    DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
-)
+_BACKWARD = (DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),)
+# Two stages: with three the compiler saves registers and spills. 2 bits spill with two as well.
+_BACKWARD_FIRST = {
+    (bits, grouped): DequantGemmGpu(block_m=128, block_n=64, block_k=128, num_warps=8, num_stages=2)
+    for bits in (3, 4, 8)
+    for grouped in (False, True)
+}
 # A100. Half the float32 units of the others: at 4 bits one row takes as long as memory does, 4 rows two and a half times as long.
 _SM_80 = DequantGemmGpuLists(
-    multiprocessors=108, gemv_max_rows=4, gemv=_GEMV, few_rows=_FEW_ROWS, many_rows=_MANY_ROWS, int8=_INT8, backward=_BACKWARD
+    multiprocessors=108,
+    gemv_max_rows=4,
+    gemv=_GEMV,
+    few_rows=_FEW_ROWS,
+    many_rows=_MANY_ROWS,
+    backward_first=_BACKWARD_FIRST,
+    many_rows_first={
+        (3, False): _MANY_ROWS_3_BITS,
+        (3, True): _MANY_ROWS_3_BITS,
+        (4, False): _MANY_ROWS_CHANNELS,
+        (8, False): _MANY_ROWS_CHANNELS,
+    },
+    int8=_INT8,
+    backward=_BACKWARD,
 )
-# 100 KB of shared memory instead of A100's 164: two stages. Memory is slow beside arithmetic (A10 600 GB/s, L40S 864): all 8 rows.
+# 100 KB of shared memory instead of A100's 164: two stages of bytes. Memory is slow beside arithmetic (A10 600 GB/s, L40S 864): all 8 rows.
 _SM_86 = replace(
     _SM_80,
     multiprocessors=72,
     gemv_max_rows=8,
-    many_rows=tuple(replace(config, num_stages=2) for config in _MANY_ROWS),
     int8=tuple(replace(config, num_stages=2) for config in _INT8),
-    backward=tuple(replace(config, num_stages=2) for config in _BACKWARD),
 )
 DEQUANT_GEMM_GPU = {
     "sm_80": _SM_80,
@@ -170,14 +205,30 @@ DEQUANT_GEMM_GPU = {
         _SM_80,
         multiprocessors=132,
         many_rows=_MANY_ROWS_WGMMA,
+        many_rows_first={},
         backward=(DequantGemmGpu(block_m=256, block_n=64, block_k=128, num_warps=8, num_stages=3), *_BACKWARD),
+        backward_first={},
     ),
     # B200: its memory is 2.4 times as fast as H100's, its float32 units are not.
-    "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=2),
-    # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth.
-    "sm_120": replace(_SM_86, multiprocessors=170, gemv_max_rows=4),
-    # MI300X: 64 KB of shared memory; a wavefront of 64 lanes does twice a warp's work. Above 2 rows their sums spill out of the registers.
-    "gfx942": replace(_SM_86, multiprocessors=304, gemv_max_rows=1, gemv=tuple(DequantGemvGpu(num_warps=warps, chunks=2) for warps in (4, 2, 8))),
+    "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=2, backward=tuple(replace(config, num_stages=2) for config in _BACKWARD)),
+    # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth. Its tensor cores are slow beside its other units: 64 rows are enough for them,
+    # and larger tiles spill.
+    "sm_120": replace(_SM_86, multiprocessors=170, gemv_max_rows=4, many_rows_first={}, backward_first={}),
+    # MI300X: 64 KB of shared memory; a wavefront of 64 lanes does twice a warp's work. Above 2 rows their sums spill out of the registers, and so do
+    # those of a wide gradient.
+    "gfx942": replace(
+        _SM_86,
+        multiprocessors=304,
+        gemv_max_rows=1,
+        gemv=tuple(DequantGemvGpu(num_warps=warps, chunks=2) for warps in (4, 2, 8)),
+        many_rows=(
+            DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=2),
+            DequantGemmGpu(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=2),
+        ),
+        many_rows_first={},
+        backward=(DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=2),),
+        backward_first={},
+    ),
 }
 
 

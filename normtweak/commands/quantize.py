@@ -42,8 +42,33 @@ def quantize(
         bool, typer.Option("--lr-search", help="Find the learning rates of each block's tweak and of the polish on held-out calibration text.")
     ] = False,
     calibration: Annotated[
-        str | None, typer.Option(help="generated (by the model itself), random, or a UTF-8 text FILE.txt.", show_default="generated")
+        str | None,
+        typer.Option(
+            help="generated (by the model itself), random, a UTF-8 text FILE.txt, FILE.jsonl, or hf:DATASET (hub or folder).",
+            show_default="generated",
+        ),
     ] = None,
+    languages: Annotated[
+        str | None,
+        typer.Option(
+            metavar="en:0.49,zh:0.26",
+            help="What generated text begins with: words of these languages; family: those of the model's own corpus; any: any token.",
+            show_default="a capitalised word",
+        ),
+    ] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LANGUAGE=FILE", help="A language's words, one a line, where its script doesn't tell them; repeatable.", show_default=False
+        ),
+    ] = None,
+    field: Annotated[
+        str | None, typer.Option(help="Of a line of FILE.jsonl or a row of hf:DATASET.", show_default="text; with --chat messages")
+    ] = None,
+    subset: Annotated[str | None, typer.Option(help="Of hf:DATASET.", show_default=False)] = None,
+    split: Annotated[str | None, typer.Option(help="Of hf:DATASET.", show_default="train")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The field holds messages: apply the tokenizer's chat template.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Generate anew, and keep nothing in the cache folder.")] = False,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
     form: Annotated[
@@ -66,7 +91,9 @@ def quantize(
         settings["skip"] = skip
     if lm_head:
         settings["lm_head"] = True
-    settings |= calibration_settings(settings, calibration, samples, length)
+    options = {"source": calibration, "samples": samples, "length": length, "languages": languages, "words": words or None, "field": field}
+    options |= {"subset": subset, "split": split, "chat": chat or None, "cache": False if no_cache else None}
+    settings |= calibration_settings(settings, options)
     require(lr is None or not lr_search, "quantize", "lr", "left out with --lr-search", lr)
     schedule: dict[str, Any] = {
         key: value for key, value in {"loss": loss, "iterations": iterations, "learning_rate": lr}.items() if value is not None
@@ -83,6 +110,8 @@ def quantize(
     if no_tweak or no_polish:
         settings["polish"] = None
     report = pipeline.quantize(model, out=out, config=QuantizeConfig.preset(preset, **settings), progress=TerminalProgress(), device=device)
+    if report.calibration:
+        console.print(str(report.calibration), markup=False, highlight=False)
     if report.polish:
         console.print(f"polish: {report.polish}", highlight=False)
     console.print(
@@ -92,9 +121,9 @@ def quantize(
     )
 
 
-def calibration_settings(settings: dict[str, Any], source: str | None, samples: int | None, length: int | None) -> dict[str, Any]:
-    """The `calibration` table of a configuration file's settings with the options that were given; nothing when none was."""
-    text = {key: value for key, value in {"source": source, "samples": samples, "length": length}.items() if value is not None}
+def calibration_settings(settings: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The `calibration` table of a configuration file's settings with the options that were given (not None); nothing when none was."""
+    text = {key: value for key, value in options.items() if value is not None}
     known = settings.get("calibration")
     return {"calibration": {**known, **text} if isinstance(known, dict) else text} if text else {}
 

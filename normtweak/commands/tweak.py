@@ -32,7 +32,7 @@ def tweak(
     from .. import retweak
 
     settings = read_settings("tweak", config) | ({} if seed is None else {"seed": seed})
-    settings |= calibration_settings(settings, calibration, samples, length)
+    settings |= calibration_settings(settings, {"source": calibration, "samples": samples, "length": length})
     settings |= ({"polish": None} if no_polish else {}) | ({"tweak": None} if polish_only else {})
     chosen = retweak.preset_for(quantized, **settings)
     report = retweak.tweak(quantized, float_model=float_model, out=out, config=chosen, progress=TerminalProgress(), device=device)

@@ -35,6 +35,13 @@ def assert_right(y, weight, x, bias):
     assert_accurate(y, plain, exact)
 
 
+def check_gemv(shape, bits, zeros, dtype, config, scale_dtype, context):
+    call = case(*shape, bits, dtype, zeros=zeros, bias=True, scale_dtype=scale_dtype)
+    with context:
+        y = run(*call, config=config)
+    assert_right(y, *call)
+
+
 @pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", packing.BITS)
 @pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
@@ -164,7 +171,7 @@ def test_which_kernel_runs():
     assert names(1, "int8_token") == names(1, "int8") == ["gemv"]
     assert names(8, "int8_token") == ["gemm"]
     assert names(64, "int8_token") == ["gemm_int8", "quantize_tokens"]
-    assert [kernels(m)[0][1].args[-1].block_m for m in (16, 17, 64, 65)] == [16, 32, 64, 128]
+    assert [kernels(m)[0][1].args[-1].block_m for m in (16, 17, 64, 65)] == [16, 32, 64, 64]
 
 
 @pytest.mark.parametrize(
@@ -245,3 +252,11 @@ def test_the_first_tile_that_holds_all_rows_and_no_more_parts_than_multiprocesso
             triton_kernel._choose("few rows", configs, m, n, 4096, 4, 64, cpu) for m, n in ((9, 64), (17, 4096), (80, 4096), (16, 11008), (16, 65536))
         ]
     assert [(c.block_m, c.split_k) for c in chosen] == [(16, 8), (64, 4), (64, 2), (16, 2), (16, 1)]
+
+
+def test_the_widest_tile_that_leaves_no_multiprocessor_idle():
+    def tile(m, n, bits, groups):
+        return triton_kernel._likely(*triton_kernel.candidates(DEQUANT_GEMM_GPU["sm_80"], m, bits, groups, torch.float16, "auto"), m, n, 108)
+
+    tiles = [(c.block_m, c.block_n) for c in (tile(4096, 4096, 4, 1), tile(4096, 4096, 3, 64), tile(4096, 4096, 4, 64), tile(65, 4096, 4, 1))]
+    assert tiles == [(128, 256), (128, 128), (64, 256), (64, 128)]

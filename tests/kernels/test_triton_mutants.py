@@ -7,73 +7,49 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import itertools
-import linecache
 import re
+from functools import partial
 
 import pytest
 import torch
+from triton_faults import plant, sites
 
-from accuracy import assert_accurate
+from accuracy import assert_accurate, random_weight
 from normtweak_kernels import hessian_update, launch
+from normtweak_kernels.dequant_gemm.triton_gemm import gemm, gemm_int8, grad_x, quantize_tokens
+from normtweak_kernels.dequant_gemm.triton_gemv import gemv
 from normtweak_kernels.gptq_block_update import reference as update_reference
 from normtweak_kernels.hessian_update import reference as hessian_reference
-from triton_checks import simulated
+from normtweak_kernels.launch import DequantGemmGpu, DequantGemvGpu
 
-BARRIER = re.compile(r"\b(bar\.sync|barrier\.sync|cp\.async\.wait_group|cp\.async\.wait_all)\b")
-ACCESS = re.compile(r"\b(ld|st)\.shared\S*\s[^\[]*\[(\S+?)[+\]]")
-COMPARISON = re.compile(r"\bsetp\.(lt|le|gt|ge|lo|ls|hi|hs)(u?)\.")
-OTHER = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt", "lo": "ls", "ls": "lo", "hi": "hs", "hs": "hi"}
 TARGET = 0.9
 
-
-# Faults that change nothing, by the line of the kernel that they are in and what they hit.
-EQUIVALENT = [
-    # A further pass would have every element masked: it reads nothing and adds zeros.
-    (re.compile(r"for start in range\(0, \w+, BLOCK_\w\)"), re.compile(r"setp")),
-    # The guard of a loop that may have no pass. Triton compiles a number of 1 into another kernel, and 0 the bodies don't launch.
-    (re.compile(r"for \w+ in range\("), re.compile(r"setp\.[lg][te]\.s32\s+\S+, \S+, [01];")),
-    # The column itself gets its quantized value, whatever the comparison with the later columns says of it.
-    (re.compile(r"w = tl\.where\(here, quantized"), re.compile(r"setp")),
+# Faults that change nothing, by the line of the kernel that they are in and what they hit. They count as that only if nobody finds them.
+HARMLESS = [
+    (re.compile(where), re.compile(what), why)
+    for where, what, why in [
+        (r"for \w+ in range\(0, \w+, BLOCK\w*\)", "setp", "a further pass has every element masked: it reads nothing and adds zeros"),
+        (r"for \w+ in range\(", r"setp\.[lg][te]\.s32\s+\S+, \S+, [01];", "guards a loop that may have no pass; such calls launch nothing"),
+        (r"for step in range\(", "setp", "fetches a step that isn't used, or multiplies one whose x is masked: beyond K nothing is read"),
+        (r"w = tl\.where\(here, quantized", "setp", "the column itself gets its quantized value, whatever is said of it among the later ones"),
+    ]
 ]
-
-
-def changes_nothing(lines, number, source):
-    """Whether the fault in this line can't have an effect."""
-    line = lines[number].strip()
-    if any(where.search(source) and what.search(line) for where, what in EQUIVALENT):
-        return True
-    if not BARRIER.search(line):
-        return False
-    before, after = (
-        [other.strip() for other in part if not other.strip().startswith(("//", ".loc"))] for part in (lines[:number], lines[number + 1 :])
-    )
-    return line in (before[-1], after[0]) or (line.startswith("bar.sync") and guards_own_data(lines, number, source))
-
-
-def guards_own_data(lines, number, source):
-    """Whether a barrier stands between loads from shared memory and stores of the same threads to the same addresses.
-
-    In tl.sum and tl.max a warp stores over what it has loaded itself. Addresses depend on the thread's number alone, so that the simulator sees all of them.
-    """
-    accesses = [(i, *access.groups()) for i, line in enumerate(lines) if (access := ACCESS.search(line))]
-    loads = itertools.takewhile(lambda access: access[1] == "ld", reversed([access for access in accesses if access[0] < number]))
-    stores = itertools.takewhile(lambda access: access[1] == "st", (access for access in accesses if access[0] > number))
-    read, written = {address for _, _, address in loads}, {address for _, _, address in stores}
-    return bool(read and written) and ("core.reduce(" in source or read == written)
-
-
-def sites(ptx):
-    """(number of the line, what stands there in the mutant, line of the kernel) of each fault that can be planted."""
-    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', ptx, re.M))
-    source = ""
-    for number, line in enumerate(ptx.splitlines()):
-        if place := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
-            source = linecache.getline(files[place[1]], int(place[2])).strip()
-        elif BARRIER.search(line):
-            yield number, "", source
-        elif match := COMPARISON.search(line):
-            yield number, line.replace(match[0], f"setp.{OTHER[match[1]]}{match[2]}.", 1), source
+# Comparisons whose operands are never equal, in any call that could be made. They count only if they weren't in those that were.
+NEVER_EQUAL = [
+    (re.compile(r"return tl\.load\(ptr \+ values, mask=values < -K"), "a value is at least 0, K at least 1"),
+    (
+        re.compile(r"inside = n \+ offs_h < tl\.cdiv\(N, 16\) \* 16"),
+        "a step's first half is one panel here, and there is one wherever there is a step",
+    ),
+]
+NEVER_EQUAL_IN_GROUPS = [
+    (re.compile(where), "groups end where halves of a step do; were K to end at the first half, steps would divide it, which is another kernel")
+    for where in (r"mask_x & \(k \+ tl\.arange\(0, HALF\) < K\)", r"mask & \(offs_w < left\)", r"groups \* GROUP_SIZE < K")
+]
+NEVER_EQUAL_PER_CHANNEL = [
+    (re.compile(r"groups \* GROUP_SIZE < K"), "the one group starts at 0, and K is at least 1"),
+    (re.compile(r"mask & \(offs_w < left\)"), "half a step is one chunk here, and the first half's is there wherever there is a step"),
+]
 
 
 def channel_loss_case(monkeypatch):
@@ -86,27 +62,29 @@ def channel_loss_case(monkeypatch):
     # Small tiles, so that a few numbers of tokens end at each of the rows that a thread holds. Two strips of two tiles, the last of which is missing.
     small = dataclasses.replace(module.LAUNCH, block_tokens=16, grad_tokens=16, max_strips=2, merge_strips=4)
     monkeypatch.setattr(module, "LAUNCH", small)
+
+    def check(arguments, results):
+        for got, plain, exact in zip(step(*arguments), *results, strict=True):
+            assert_accurate(got, plain, exact)
+
+    def check_still(*arguments):
+        assert (torch.ops.normtweak.channel_loss_backward(*arguments) == 0).all()
+
     calls = []
     for tokens in range(33, 48, 2):
         x, mean_f, var_f = torch.randn(tokens, 40) * 2 + 5, torch.randn(40), torch.rand(40) + 0.5
         mask = torch.rand(tokens) < 0.7
         mask[-1] = True
-        calls.append(((x, mean_f, var_f, mask), [step(t, mean_f, var_f, mask) for t in (x, x.double())]))
+        calls.append(partial(check, (x, mean_f, var_f, mask), [step(t, mean_f, var_f, mask) for t in (x, x.double())]))
     # Where mean and variance are the float model's, the slope is 0.
-    still = (torch.ones(()), x, mean_f, var_f, mean_f, var_f, mask, False)
-
-    def run():
-        for arguments, results in calls:
-            for got, plain, exact in zip(step(*arguments), *results, strict=True):
-                assert_accurate(got, plain, exact)
-        assert (torch.ops.normtweak.channel_loss_backward(*still) == 0).all()
+    calls.append(partial(check_still, torch.ones(()), x, mean_f, var_f, mean_f, var_f, mask, False))
 
     outputs = {
         "channel_partials_fwd_kernel": {"counts_ptr", "roughs_ptr", "corrections_ptr", "m2s_ptr"},
         "channel_loss_fwd_kernel": {"mean_q_ptr", "var_q_ptr", "losses_ptr"},
         "channel_loss_bwd_kernel": {"grad_x_ptr"},
     }
-    return run, outputs
+    return calls, outputs
 
 
 def gptq_case(monkeypatch, *, clip_steps=0, static=False):
@@ -126,20 +104,26 @@ def gptq_case(monkeypatch, *, clip_steps=0, static=False):
 
     wanted = solve(update_reference.gptq_block_update, index)
 
-    def run():
+    def check():
         got = solve(torch.ops.normtweak.gptq_block_update, index)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-        if static:
-            # Groups that aren't there aren't read.
-            for wrong in (-1, 2):
-                solve(torch.ops.normtweak.gptq_block_update, torch.where(index == 1, wrong, index).int())
 
-    return run, {"gptq_block_update_fwd_kernel": {"codes_ptr", "errors_ptr"}}
+    # Groups that aren't there aren't read.
+    wrong = [torch.where(index == 1, group, index).int() for group in (-1, 2)] if static else []
+    return [check, *(partial(solve, torch.ops.normtweak.gptq_block_update, other) for other in wrong)], {
+        "gptq_block_update_fwd_kernel": {"codes_ptr", "errors_ptr"}
+    }
 
 
 def hessian_case(monkeypatch):
     # Small tiles, so that a few shapes end at each row and column that a thread holds.
     monkeypatch.setattr(launch, "_HESSIAN_NARROW", launch.HessianUpdateGpu(32, 16, 16, num_warps=4, num_stages=3))
+
+    def check(x, start, plain, exact):
+        got = start.clone()
+        hessian_update(got, x)
+        assert_accurate(got.tril(), plain.tril(), exact.tril())
+
     calls = []
     # Numbers of channels that 16 divides have a kernel of their own, which copies asynchronously; so would have numbers of tokens, and 1.
     tokens_up_to_two_tiles = [*range(2, 16), *range(17, 32)]
@@ -149,48 +133,88 @@ def hessian_case(monkeypatch):
         plain, exact = start.clone(), start.double()
         hessian_reference.hessian_update(plain, x)
         hessian_reference.hessian_update(exact, x.double())
-        calls.append((x, start, plain, exact))
+        calls.append(partial(check, x, start, plain, exact))
+    return calls, {"hessian_update_fwd_kernel": set()}
 
-    def run():
-        for x, start, plain, exact in calls:
-            got = start.clone()
-            hessian_update(got, x)
-            assert_accurate(got.tril(), plain.tril(), exact.tril())
 
-    return run, {"hessian_update_fwd_kernel": set()}
+def unaligned(parameters):
+    """The same numbers at an odd address, where they aren't read as words of 64 bits whatever N is."""
+    return None if parameters is None else torch.cat([parameters.new_zeros(1), parameters.flatten()])[1:].view(parameters.shape)
+
+
+PRODUCT_OUTPUTS = {
+    "dequant_gemv_fwd_kernel": {"y_ptr"},
+    "dequant_gemm_fwd_kernel": {"y_ptr"},
+    "dequant_gemm_sum_kernel": {"y_ptr"},
+    "dequant_gemm_bwd_kernel": {"grad_x_ptr"},
+    "quantize_tokens_kernel": {"x_int8_ptr", "scale_ptr"},
+}
+
+
+def product_case(patch, kind, bits, shapes, config, zeros=True):
+    """One of dequant_gemm's kernels; its shapes (M, N, K, group size) end at each of the rows and columns that a thread holds."""
+
+    def check(x, weight, bias):
+        arguments = weight.pack(), unaligned(weight.scales), unaligned(weight.zeros)
+        wide, dense = x.double(), weight.dequantize(torch.float64)
+        if kind == "backward":
+            return assert_accurate(grad_x(x, *arguments, bits, weight.codes.shape[1], config), x @ dense.half(), wide @ dense)
+        if kind == "int8":
+            x_int8, x_scale = quantize_tokens(x)
+            wide = x_int8.double() * x_scale[:, None].double()
+            y = gemm_int8(x_int8, x_scale, *arguments, bias, bits, config, x.dtype)
+        else:
+            y = gemv(x, *arguments, bias, bits, config, x.dtype) if kind == "few rows" else gemm(x, *arguments, bias, bits, config)
+        return assert_accurate(y, torch.nn.functional.linear(wide.half(), dense.half(), bias), torch.nn.functional.linear(wide, dense, bias.double()))
+
+    def check_bytes(x):
+        x_int8, x_scale = quantize_tokens(x)
+        assert ((x_int8.double() * x_scale[:, None].double() - x).abs() <= 0.51 * x_scale[:, None]).all()
+
+    calls = [
+        partial(
+            check, torch.randn(m, n if kind == "backward" else k).half(), random_weight(n, k, bits, group_size, zeros=zeros), torch.randn(n).half()
+        )
+        for m, n, k, group_size in shapes
+    ]
+    if kind == "int8":
+        # Rows that end within each of the eight values that a thread of that kernel holds, 256 apart.
+        calls += [partial(check_bytes, torch.randn(2, 256 * i + 3).half()) for i in range(9)]
+    return calls, PRODUCT_OUTPUTS, NEVER_EQUAL_IN_GROUPS if shapes[0][3] > 0 else NEVER_EQUAL_PER_CHANNEL
 
 
 # The kernels of an op by what they are launched for. That an equally good candidate doesn't replace the best of the clip search isn't seen.
+# (M, N, K, group size) that end within each four rows of x of a tile of 16 x 32 (64 x 32: ENDS), and each four columns at every place of eight; none at a
+# multiple of 16, which Triton compiles into another kernel. K is cut into two parts of one step or two, the last of them half a step.
+FEW_ENDS = [(19, 33), (18, 47), (22, 40), (23, 38), (26, 50), (30, 52), (27, 59), (31, 61)]
+ENDS = [(4 * i + 2 + i % 2, FEW_ENDS[i % 8][1]) for i in range(16)]
+FEW_GROUPS, GROUPS = ([(m, n, 96 if i % 3 else 224, 32) for i, (m, n) in enumerate(ends)] for ends in (FEW_ENDS, ENDS))
+BACKWARD = [(m, n - 32 * (i % 2), k, group_size) for i, (m, n, k, group_size) in enumerate(FEW_GROUPS)]
+# K that ends at every place of eight, and in either half of the first step or the second.
+CHANNELS = [(m, n, k, -1) for (m, n), k in zip(FEW_ENDS, (33, 70, 20, 79, 50, 85, 27, 120), strict=True)]
+TILE = DequantGemmGpu(16, 32, 64, split_k=2, num_warps=4, num_stages=2)
+WHOLE = dataclasses.replace(TILE, split_k=1)
 CASES = {
     "channel_loss": [channel_loss_case],
     "gptq_block_update": [gptq_case, lambda patch: gptq_case(patch, static=True), lambda patch: gptq_case(patch, clip_steps=2)],
     "hessian_update": [hessian_case],
+    "dequant_gemm, few rows": [
+        partial(product_case, kind="few rows", bits=4, shapes=[(3, n, 192, 32) for _, n in FEW_ENDS], config=DequantGemvGpu(2, 1)),
+        partial(
+            product_case, kind="few rows", bits=3, shapes=[(3, n, k + 128, -1) for _, n, k, _ in CHANNELS], config=DequantGemvGpu(2, 1), zeros=False
+        ),
+    ],
+    "dequant_gemm, products scaled": [partial(product_case, kind="forward", bits=3, shapes=FEW_GROUPS, config=TILE)],
+    "dequant_gemm, weights scaled": [
+        partial(product_case, kind="forward", bits=4, shapes=GROUPS, config=dataclasses.replace(TILE, block_m=64)),
+    ],
+    "dequant_gemm, channels": [partial(product_case, kind="forward", bits=2, shapes=CHANNELS, config=WHOLE, zeros=False)],
+    "dequant_gemm, backward": [partial(product_case, kind="backward", bits=4, shapes=BACKWARD, config=WHOLE)],
+    "dequant_gemm, int8": [
+        partial(product_case, kind="int8", bits=8, shapes=FEW_GROUPS, config=TILE),
+        partial(product_case, kind="int8", bits=4, shapes=CHANNELS, config=WHOLE),
+    ],
 }
-
-
-def survives(run, outputs, ptx, number, text):
-    """Whether nobody notices the fault in this one of the kernels that are launched."""
-    lines = ptx.splitlines()
-    lines[number] = text
-    mutant = "\n".join(lines)
-    try:
-        with simulated(80, outputs, mutate=lambda _, compiled: mutant if compiled == ptx else compiled, profile=0):
-            run()
-    except (AssertionError, ValueError, IndexError):
-        return False
-    return True
-
-
-def faults_of(run, outputs):
-    """(what was planted, whether somebody noticed it; None where it changes nothing) of every fault in the kernels that `run` launches."""
-    compiled: dict[str, str] = {}
-    with simulated(80, outputs, mutate=lambda name, ptx: compiled.setdefault(ptx, name) and ptx, profile=0):
-        run()
-    for ptx, kernel in compiled.items():
-        lines = ptx.splitlines()
-        for number, text, source in sites(ptx):
-            found = None if changes_nothing(lines, number, source) else not survives(run, outputs, ptx, number, text)
-            yield f"{kernel}, line {number}: {lines[number].strip()}   from: {source}", found
 
 
 @pytest.mark.ptx
@@ -199,14 +223,19 @@ def faults_of(run, outputs):
 def test_faults_are_found(op, monkeypatch, tmp_path):
     # PTX names its source files by the path that they had when it was compiled: what another checkout left in the cache names none that is here.
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    faults = [fault for case in CASES[op] for fault in faults_of(*case(monkeypatch))]
-    planted = [found for _, found in faults if found is not None]
-    survivors = [what for what, found in faults if found is False]
-    print(f"\n{op}: {sum(planted)} of {len(planted)} faults found, {len(faults) - len(planted)} more that change nothing", *survivors, sep="\n  ")
-    assert len(planted) >= 10
-    assert sum(planted) >= TARGET * len(planted), survivors
+    faults = []
+    for case in CASES[op]:
+        calls, outputs, *never_equal = case(monkeypatch)
+        faults += plant(calls, outputs, HARMLESS, [reason for reasons in (NEVER_EQUAL, *never_equal) for reason in reasons])
+    harmless = [fault for fault in faults if fault.reason]
+    survivors = [fault.what for fault in faults if not fault.found and not fault.reason]
+    planted = len(faults) - len(harmless)
+    print(f"\n{op}: {planted - len(survivors)} of {planted} faults found, {len(harmless)} more that change nothing", *survivors, sep="\n  ")
+    assert planted >= 10
+    assert len(survivors) <= (1 - TARGET) * planted, survivors
 
 
 def test_what_is_planted():
     ptx = "\tbar.sync 0;\n\tsetp.lt.s32 %p1, %r1, %r2;\n\tsetp.eq.s32 %p1, %r1, %r2;\n\tsetp.gtu.f32 %p2, %f1, %f2;\n\tcp.async.wait_group 0x1;"
-    assert [site[:2] for site in sites(ptx)] == [(0, ""), (1, "\tsetp.le.s32 %p1, %r1, %r2;"), (3, "\tsetp.geu.f32 %p2, %f1, %f2;"), (4, "")]
+    planted = [(site.number, site.mutated) for site in sites(ptx)]
+    assert planted == [(0, ""), (1, "\tsetp.le.s32 %p1, %r1, %r2;"), (3, "\tsetp.geu.f32 %p2, %f1, %f2;"), (4, "")]

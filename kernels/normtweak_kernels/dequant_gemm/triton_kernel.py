@@ -61,7 +61,9 @@ def _key(regime: str, m: int, n: int, k: int, bits: int, groups: int) -> str:
     return tuning.key("dequant_gemm", regime, M=min(1 << (m - 1).bit_length(), WARM_ROWS[-1]), N=n, K=k, bits=bits, groups=groups)
 
 
-def candidates(available: DequantGemmGpuLists, m: int, dtype: torch.dtype, activations: str) -> tuple[str, tuple[Config, ...]]:
+def candidates(
+    available: DequantGemmGpuLists, m: int, bits: int, groups: int, dtype: torch.dtype, activations: str
+) -> tuple[str, tuple[Config, ...]]:
     """The regime of a product with m rows of x, and what it may be launched with: the kind of a configuration says which kernel runs."""
     if dtype == torch.float32:
         return "float32", available.gemv
@@ -71,20 +73,36 @@ def candidates(available: DequantGemmGpuLists, m: int, dtype: torch.dtype, activ
         return "fewest rows", (*available.gemv, *available.few_rows)
     if m <= min(2 * available.gemv_max_rows, MAX_ROWS):
         return "fewest rows", (*available.few_rows, *available.gemv)
-    return ("few rows", available.few_rows) if m <= FEW_ROWS else ("many rows", available.many_rows)
+    if m <= FEW_ROWS:
+        return "few rows", available.few_rows
+    return "many rows", available.products(bits, groups)
 
 
 def _choose(regime: str, configs: Sequence[Config], m: int, n: int, k: int, bits: int, groups: int, device: torch.device) -> Config:
-    """What tuning found for this product. Else of the first kernel's configurations the first whose tile holds all rows, or the tallest."""
-    found = tuning.chosen(_key(regime, m, n, k, bits, groups), configs, device.index)
-    if found is not None or isinstance(configs[0], DequantGemvGpu):
-        return found or configs[0]
+    """What tuning found for this product; else what `_likely` gives."""
+    return tuning.chosen(_key(regime, m, n, k, bits, groups), configs, device.index) or _likely(regime, configs, m, n, lists(device).multiprocessors)
+
+
+def _likely(regime: str, configs: Sequence[Config], m: int, n: int, multiprocessors: int) -> Config:
+    """The first configuration of a kernel without tensor cores; else, up to FEW_ROWS rows, the first that holds them all; else by its turns.
+
+    Turns are how many tiles a multiprocessor computes one after the other, times a tile's size; the first of at most a tenth more than the fewest.
+    """
+    if isinstance(configs[0], DequantGemvGpu):
+        return configs[0]
     gemms = [config for config in configs if isinstance(config, DequantGemmGpu)]
+
+    def programs(config: DequantGemmGpu) -> int:
+        return -(-m // config.block_m) * -(-n // config.block_n)
+
+    if regime == "many rows":
+        turns = [-(-programs(config) // multiprocessors) * config.block_m * config.block_n for config in gemms]
+        return next(config for config, count in zip(gemms, turns, strict=True) if 10 * count <= 11 * min(turns))
     height = min((config.block_m for config in gemms if config.block_m >= m), default=max(config.block_m for config in gemms))
     config = next(config for config in gemms if config.block_m == height)
     # No more parts of K than give every multiprocessor a few programs.
-    programs, split_k = -(-m // config.block_m) * -(-n // config.block_n), config.split_k
-    while split_k > 1 and programs * split_k > 4 * lists(device).multiprocessors:
+    split_k = config.split_k
+    while split_k > 1 and programs(config) * split_k > 4 * multiprocessors:
         split_k //= 2
     return replace(config, split_k=split_k)
 
@@ -112,7 +130,7 @@ def dequant_gemm(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | Non
     if m == 0:
         return x.new_empty((*x.shape[:-1], n))
     weight = qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
-    config = _choose(*candidates(lists(x.device), m, x.dtype, activations), m, n, k, bits, groups, x.device)
+    config = _choose(*candidates(lists(x.device), m, bits, groups, x.dtype, activations), m, n, k, bits, groups, x.device)
     with gpu.on_device_of(x):
         return _launch(config, rows, *weight, None if bias is None else bias.contiguous(), bits, activations).view(*x.shape[:-1], n)
 
@@ -125,7 +143,7 @@ def warm(n: int, k: int, bits: int, groups: int, symmetric: bool, dtype: torch.d
     for m in WARM_ROWS:
         x = torch.randn(m, k, dtype=dtype, device=device)
         for activations in ("auto", "int8_token") if m > MAX_ROWS else ("auto",):
-            regime, configs = candidates(lists(device), m, dtype, activations)
+            regime, configs = candidates(lists(device), m, bits, groups, dtype, activations)
 
             def run(config: Config, x: Tensor = x, activations: str = activations) -> Tensor:
                 return _launch(config, x, qweight, scales, zeros, None, bits, activations)
@@ -144,7 +162,7 @@ def dequant_gemm_backward(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: 
     if rows.shape[0] == 0:
         return grad.new_empty((*grad.shape[:-1], k))
     weight = qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
-    config = _choose("backward", lists(grad.device).backward, rows.shape[0], n, k, bits, groups, grad.device)
+    config = _choose("backward", lists(grad.device).gradients(bits, groups), rows.shape[0], n, k, bits, groups, grad.device)
     assert isinstance(config, DequantGemmGpu)
     with gpu.on_device_of(grad):
         return grad_x(rows, *weight, bits, k, config).view(*grad.shape[:-1], k)
