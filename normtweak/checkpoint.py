@@ -6,9 +6,8 @@ import fcntl
 import json
 import logging
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import QuantizeConfig, check_out_folder, require, stored_bits
+from .config import check_out_folder, require
 from .files import beside, sync
 
 logger = logging.getLogger(__name__)
@@ -72,6 +71,13 @@ class WeightFiles:
         """All tensors' names."""
         return list(self._where)
 
+    def by_file(self) -> dict[str, list[str]]:
+        """The tensors' names, file by file."""
+        files: dict[str, list[str]] = {}
+        for name, (file, _) in self._where.items():
+            files.setdefault(file, []).append(name)
+        return files
+
     def written(self, name: str) -> str:
         """What the files call the tensor that the model calls `name`; the name itself when they have no such tensor."""
         return self._where.get(name, ("", name))[1]
@@ -116,6 +122,22 @@ class WeightFiles:
             if tensor.is_floating_point():
                 require(bool(torch.isfinite(tensor).all()), "checkpoint", name, "finite", "NaN or infinity")
             yield name
+
+
+# Files of a model folder that hold or index weights; pickled ones are never handed on.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+def other_files(folder: Path) -> list[Path]:
+    """The files of a model folder beside its weights, by their paths in it."""
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [p for p in paths if p.suffix not in _WEIGHTS and not p.name.endswith(".index.json") and not p.parts[0].startswith(".")]
+
+
+def check_disk(where: str, out: Path, size: int) -> None:
+    """Raise ValueError when a folder of `size` bytes won't fit on its disk."""
+    needed, free = size + 64 * 2**20, shutil.disk_usage(out.absolute().parent).free
+    require(free >= needed, where, "out", f"on a disk with {needed / 2**20:.0f} MiB free", f"{free / 2**20:.0f} MiB free")
 
 
 class CheckpointWriter:
@@ -177,6 +199,21 @@ class CheckpointWriter:
             self._bytes -= sum(tensor.nbytes for tensor in shard.values())
             self.write(int(file.split("-")[1]) - 1, {name: tensors.get(name, tensor) for name, tensor in shard.items()})
 
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors written so far."""
+        return self._bytes
+
+    def copy(self, folder: Path, names: Iterable[Path]) -> None:
+        """Take files of another folder over as they are."""
+        for name in names:
+            (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, self.partial / name)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file."""
+        write_text(self.partial / name, text)
+
     def write_json(self, name: str, data: Any) -> None:
         """Write a JSON file."""
         write_json(self.partial / name, data)
@@ -198,56 +235,18 @@ def check_parent(file: Path) -> None:
     require(file.absolute().parent.is_dir(), "checkpoint", str(file), "in a folder that exists", "none")
 
 
-def write_json(file: Path, data: Any) -> None:
-    """Write a JSON file whole or not at all."""
+def write_text(file: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
     check_parent(file)
     with beside(file) as path:
-        path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+        path.write_text(text, encoding="utf8")
 
 
-def packed_config(config: QuantizeConfig, version: str, skipped: list[str]) -> dict[str, Any]:
-    """`quantization_config` of a GPTQ v1 checkpoint. desc_act is false: act-order here keeps static groups in their own order, so g_idx is k // group_size.
-
-    What differs by module is in `dynamic`, as GPTQModel writes it and vLLM reads it: regular expressions that match from a path's beginning, the first match counts,
-    `-:` in front for modules that are not quantized. skipped: paths of linears that hold floating-point weights.
-    """
-    settings = {
-        "quant_method": "gptq",
-        "bits": stored_bits(config.bits),
-        "group_size": config.group_size,
-        "sym": config.symmetric,
-        "desc_act": False,
-        "lm_head": config.lm_head,
-        "checkpoint_format": "gptq",
-        "pack_dtype": "int32",
-        "modules_to_not_convert": skipped,
-        "meta": {
-            "quantizer": [f"normtweak:{version}"],
-            "damp_percent": config.damp_percent,
-            "act_order": config.act_order,
-            "static_groups": True,
-        }
-        | ({} if config.packed_activations == "auto" else {"activations": config.packed_activations}),
-    }
-    dynamic: dict[str, dict[str, int]] = {f"-:.*(?:{pattern})": {} for pattern in config.skip}
-    for own in config.overrides:
-        given = own.given()
-        dynamic.setdefault(f"+:.*(?:{own.pattern})", given | ({"bits": stored_bits(own.bits)} if own.bits else {}))
-    return settings | {"dynamic": dynamic} if dynamic else settings
+def write_json(file: Path, data: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def stored_activations(quantization: dict[str, Any] | None) -> str:
     """How a checkpoint's activations enter its packed products: what its `meta` says, which other readers pass over, or "auto"."""
     return ((quantization or {}).get("meta") or {}).get("activations", "auto")
-
-
-def module_settings(quantization: dict[str, Any], path: str) -> dict[str, Any] | None:
-    """A GPTQ checkpoint's settings for the linear at `path`, its `dynamic` (see packed_config) applied; None for one that isn't quantized."""
-    for pattern, own in (quantization.get("dynamic") or {}).items():
-        try:
-            found = re.match(pattern.removeprefix("-:").removeprefix("+:"), path)
-        except re.error as error:
-            raise ValueError(f"load: dynamic must have regular expressions for keys, got {pattern!r} ({error})") from None
-        if found:
-            return None if pattern.startswith("-:") else quantization | own
-    return quantization

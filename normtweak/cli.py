@@ -9,6 +9,7 @@ import typer
 from rich.logging import RichHandler
 
 from .commands.bench import bench
+from .commands.convert import convert
 from .commands.demo import demo
 from .commands.evaluate import evaluate
 from .commands.generate import generate
@@ -16,6 +17,7 @@ from .commands.inspect import inspect
 from .commands.paper import paper
 from .commands.quantize import quantize
 from .commands.serve import serve
+from .commands.tweak import tweak
 from .terminal import errors
 
 app = typer.Typer(
@@ -29,6 +31,8 @@ app = typer.Typer(
 )
 
 app.command()(quantize)
+app.command()(tweak)
+app.command()(convert)
 app.command(name="eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)

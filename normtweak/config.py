@@ -230,7 +230,8 @@ class QuantizeConfig:
     overrides: other bits and group sizes for some linears; the first whose pattern is found in a linear's path counts. skip: patterns of linears
     that stay as they are, which counts before any override. lm_head: quantize the output head too.
     tweak: how each block's norms are tweaked, or None to leave them. polish: how all norms are polished at the end, or
-    None; the default preset polishes unless its tweak is None. compute_dtype: "auto", "float32" or "bfloat16", in which activations are multiplied.
+    None; the default preset polishes unless its tweak is None. format: of the checkpoint, "gptq", "gptq_v2" or "compressed-tensors", or "auto": gptq for symmetric
+    codes, gptq_v2 for others, whose zero points version 1 can't all hold. compute_dtype: "auto", "float32" or "bfloat16", in which activations are multiplied.
     """
 
     bits: int = 4
@@ -252,6 +253,7 @@ class QuantizeConfig:
     tweak: TweakConfig | None = field(default_factory=TweakConfig)
     polish: PolishConfig | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    format: str = "auto"
     compute_dtype: str = "auto"
     seed: int = 0
 
@@ -271,6 +273,11 @@ class QuantizeConfig:
         require(0 < self.damp_percent < 1, where, "damp_percent", "a fraction between 0 and 1", self.damp_percent)
         require(self.block_size >= 1, where, "block_size", "1 or more", self.block_size)
         require(0 <= self.clip_steps <= 1000, where, "clip_steps", "0 to 1000", self.clip_steps)
+        _one_of(where, "format", self.format, ("auto", "gptq", "gptq_v2", "compressed-tensors"))
+        held = self.symmetric or self.format != "gptq"
+        require(
+            held, where, "format", "auto, gptq_v2 or compressed-tensors for asymmetric codes (gptq, version 1, has no zero point of 0)", self.format
+        )
         require(0 <= self.correction <= 1, where, "correction", "0 to 1", self.correction)
         _one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
         require(self.seed >= 0, where, "seed", "0 or more", self.seed)
@@ -321,6 +328,12 @@ class QuantizeConfig:
         return self.tweak is not None or self.method in ("awq", "smoothquant")
 
     @property
+    def written_format(self) -> str:
+        """The checkpoint's format, auto decided."""
+        auto = "gptq" if self.symmetric else "gptq_v2"
+        return auto if self.format == "auto" else self.format
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether any text is looked at."""
         return self.method != "rtn" or self.tweak is not None or self.polish is not None
@@ -330,6 +343,31 @@ class QuantizeConfig:
         """Whether the float model's own activations are looked at."""
         tweaked = self.tweak is not None and self.tweak.target_stream == "float"
         return self.polish is not None or tweaked or self.method == "autoround" or (self.method == "gptq" and self.correction > 0)
+
+
+@dataclass(frozen=True)
+class RetweakConfig:
+    """How the norms of a packed checkpoint are tweaked: block by block (None: not), then polished together (None: not). See QuantizeConfig."""
+
+    tweak: TweakConfig | None = field(default_factory=TweakConfig)
+    polish: PolishConfig | None = field(default_factory=PolishConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    compute_dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        where = "RetweakConfig"
+        require(self.tweak is not None or self.polish is not None, where, "tweak, polish", "given, one of them at least", "neither")
+        _one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
+        require(self.seed >= 0, where, "seed", "0 or more", self.seed)
+
+    @classmethod
+    def preset(cls, bits: int, /, **settings: Any) -> RetweakConfig:
+        """The best recipe measured for a checkpoint of so many bits, with some settings replaced. Raises ValueError for unknown ones."""
+        tweak = settings.get("tweak", {})
+        if isinstance(tweak, dict):
+            settings["tweak"] = dataclasses.asdict(_default_tweak(bits)) | tweak
+        return _from_dict(cls, settings)
 
 
 def _default_tweak(bits: int) -> TweakConfig:

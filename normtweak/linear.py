@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from normtweak_kernels import QuantizedWeight, packing, repack_gptq, repack_to_gptq
+from normtweak_kernels import QuantizedWeight, packing
 from normtweak_kernels.dequant_gemm import Prepared, dequant_gemm
 
 
 class PackedLinear(nn.Module):
     """y = x @ dequant(W)^T + bias, from packed codes; nothing is ever dequantized as a whole and kept.
 
-    Buffers: qweight int32 (the layout of `normtweak_kernels.packing`), scales float16 [G, N], zeros uint8 [G, N] or None (symmetric). The scales keep
-    their dtype through `.to(dtype)`. `activations` says how x enters the product, see `dequant_gemm`; it may be changed at any time. Gradients flow
-    to x and bias.
+    Buffers: qweight int32 (the layout of `normtweak_kernels.packing`), scales float16 or float32 [G, N], zeros uint8 [G, N] or None (symmetric), perm int32 [K]
+    or None. With perm (GPTQ's act-order with groups of its own), the packed weight's column j belongs to the input perm[j]: y = x[perm] @ dequant(W)^T + bias, and
+    a group's columns lie side by side. The scales keep their dtype through `.to(dtype)`. `activations` says how x enters the product, see `dequant_gemm`; it may be
+    changed at any time. Gradients flow to x and bias.
     """
 
     qweight: Tensor
     scales: Tensor
     zeros: Tensor | None
+    perm: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -34,6 +36,7 @@ class PackedLinear(nn.Module):
         *,
         bits: int,
         in_features: int,
+        perm: Tensor | None = None,
         activations: str = "auto",
     ) -> None:
         super().__init__()
@@ -42,15 +45,16 @@ class PackedLinear(nn.Module):
         self.activations = activations
         self._prepared: Prepared | None = None
         self.register_buffer("qweight", qweight.contiguous())
-        self.register_buffer("scales", scales.half().contiguous())
+        self.register_buffer("scales", scales.contiguous())
         self.register_buffer("zeros", None if zeros is None else zeros.contiguous())
+        self.register_buffer("perm", None if perm is None else perm.to(torch.int32).contiguous())
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @classmethod
     def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None, *, activations: str = "auto") -> PackedLinear:
         """From codes and their parameters; scales are rounded to float16, as checkpoints store them."""
         k = weight.codes.shape[1]
-        return cls(weight.pack(), weight.scales, weight.zeros, bias, bits=weight.bits, in_features=k, activations=activations)
+        return cls(weight.pack(), weight.scales.half(), weight.zeros, bias, bits=weight.bits, in_features=k, activations=activations)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype, or in autocast's where that is on. bias: in place of the module's own."""
@@ -61,6 +65,8 @@ class PackedLinear(nn.Module):
         # Straight from the dictionary, past nn.Module's attribute lookup: a token costs a call of every linear.
         buffers = cast(dict[str, Tensor], self._buffers)
         weight = buffers["qweight"], buffers["scales"], buffers["zeros"]
+        if (perm := buffers["perm"]) is not None:
+            x = x.index_select(-1, perm)
         if torch.compiler.is_compiling():
             return dequant_gemm(x, *weight, bias, bits=self.bits, activations=self.activations)
         if self._prepared is None or not self._prepared.holds(*weight, self.activations):
@@ -71,41 +77,14 @@ class PackedLinear(nn.Module):
         return self.__dict__ | {"_prepared": None}  # a copy's tensors lie elsewhere
 
     def quantized(self) -> QuantizedWeight:
-        """The codes and parameters, unpacked."""
+        """The codes and parameters, unpacked; columns in the order of the packed weight (see perm)."""
         codes = packing.unpack(self.qweight, self.bits, self.out_features, self.in_features)
         return QuantizedWeight(codes, self.scales, self.zeros, self.bits)
 
-    def to_gptq(self) -> dict[str, Tensor]:
-        """The tensors of a GPTQ v1 checkpoint: qweight, qzeros, scales, g_idx (and bias)."""
-        zeros = torch.full_like(self.scales, 2 ** (self.bits - 1), dtype=torch.uint8) if self.zeros is None else self.zeros
-        tensors = {
-            "qweight": repack_to_gptq(self.qweight, self.bits, self.out_features, self.in_features),
-            "qzeros": packing.pack_gptq_zeros(zeros, self.bits),
-            "scales": self.scales,
-            "g_idx": torch.arange(self.in_features, dtype=torch.int32) // self.group_size,
-        }
-        return tensors if self.bias is None else tensors | {"bias": self.bias.data}
-
-    @classmethod
-    def from_gptq(cls, name: str, tensors: Mapping[str, Tensor], bits: int, in_features: int, *, v2: bool = False) -> PackedLinear:
-        """From a GPTQ checkpoint's tensors. Raises ValueError, naming the linear, when they don't fit together or g_idx isn't k // group_size."""
-        scales = tensors["scales"].half()
-        groups, n = scales.shape
-        try:
-            qweight = repack_gptq(tensors["qweight"], bits, in_features)
-            zeros = packing.unpack_gptq_zeros(tensors["qzeros"], bits, n, v2=v2)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        if tensors["qweight"].shape[1] != n or zeros.shape != scales.shape or in_features % groups:
-            raise ValueError(
-                f"{name}: qweight, qzeros and scales must belong together, got {tuple(tensors['qweight'].shape)}, "
-                f"{tuple(tensors['qzeros'].shape)}, {tuple(scales.shape)}"
-            )
-        g_idx = tensors.get("g_idx")
-        if g_idx is not None and not torch.equal(g_idx.int(), torch.arange(in_features, dtype=torch.int32) // (in_features // groups)):
-            raise ValueError(f"{name}: g_idx must be k // group_size (act-order without static groups is not supported), got another order")
-        symmetric = bool((zeros == 2 ** (bits - 1)).all())
-        return cls(qweight, scales, None if symmetric else zeros, tensors.get("bias"), bits=bits, in_features=in_features)
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out_features, in_features] that the codes stand for, columns in the order of the inputs."""
+        weight = self.quantized().dequantize(dtype)
+        return weight if self.perm is None else torch.empty_like(weight).index_copy_(1, self.perm.long(), weight)
 
     def _apply(self, fn, recurse=True):
         scales = self.scales
@@ -117,7 +96,8 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         kind = "symmetric" if self.zeros is None else "asymmetric"
-        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, group_size={self.group_size}, {kind}"
+        order = "" if self.perm is None else ", inputs permuted"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, group_size={self.group_size}, {kind}{order}"
 
 
 class Conv1DLinear(nn.Linear):

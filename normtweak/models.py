@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normtweak_kernels.dequant_gemm import ACTIVATIONS
-from normtweak_kernels.packing import BITS as PACKED_BITS
 
-from . import families
-from .checkpoint import WeightFiles, module_settings, stored_activations
+from . import families, formats
+from .checkpoint import QUANTIZE_CONFIG, RECIPE, WeightFiles, stored_activations
 from .config import require
 from .files import cache_folder
 from .linear import PackedLinear, is_conv1d, present_linears, quantizable_linears, replace
@@ -191,8 +190,11 @@ class ModelFolder:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """`quantization_config` of config.json, or None for a float model."""
+        """`quantization_config` of config.json, or else GPTQ's quantize_config.json; None for a float model."""
         config = getattr(self.config, "quantization_config", None)
+        beside = self.path / QUANTIZE_CONFIG
+        if config is None and beside.is_file():  # AutoGPTQ's checkpoints of old
+            return {"quant_method": "gptq"} | json.loads(beside.read_text(encoding="utf8"))
         return config if config is None or isinstance(config, dict) else config.to_dict()
 
     def skeleton(self) -> Any:
@@ -333,34 +335,33 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
     return ModelFolder(resolve(model)).tokenizer
 
 
-def fill_packed(model: Any, folder: ModelFolder) -> None:
-    """Give a skeleton a GPTQ checkpoint's weights: packed linears where it has codes, the rest as stored."""
-    settings: dict[str, Any] = folder.quantization or {}
-    method, form = settings.get("quant_method"), settings.get("checkpoint_format", "gptq")
-    require(method == "gptq", "load", "quant_method", "gptq", method)
-    require(form in ("gptq", "gptq_v2"), "load", "checkpoint_format", "gptq or gptq_v2", form)
+def packed_linears(skeleton: Any, folder: ModelFolder, form: formats.Format) -> dict[str, tuple[nn.Linear, str]]:
+    """The linears of a skeleton that a packed checkpoint has codes for, by path: the linear, and what stands before its leaves in the files' names.
+
+    Raises ValueError where there is none.
+    """
+    present_blocks(skeleton)
+    found = {}
+    for name, linear in quantizable_linears(skeleton).items():
+        stored = folder.weights.find(f"{name}.{form.codes}")
+        if stored is not None:
+            found[name] = linear, stored.removesuffix(form.codes)
+    require(bool(found), "load", str(folder.path), f"a checkpoint with packed linears ({form.codes} tensors)", "none")
+    return found
+
+
+def packed_tensors(folder: ModelFolder, prefix: str, leaves: tuple[str, ...]) -> dict[str, Tensor]:
+    """Those of a linear's tensors that the files have, by leaf."""
     weights = folder.weights
-    packed = 0
-    present_blocks(model)
-    for name, linear in quantizable_linears(model).items():
-        stored = weights.find(f"{name}.qweight")
-        if stored is None:
-            continue
-        own = module_settings(settings, name)
-        require(own is not None, "load", name, "packed only where `dynamic` doesn't leave it out", "packed weights")
-        bits = (own or {}).get("bits", 0)
-        require(isinstance(bits, int) and bits in PACKED_BITS, "load", "bits", "one of 2, 3, 4, 8", bits)
-        prefix = stored.removesuffix("qweight")
-        tensors = {}
-        for leaf in ("qweight", "qzeros", "scales", "g_idx", "bias"):
-            if weights.find(prefix + leaf):
-                tensors[leaf] = weights.read(prefix + leaf)
-        missing = {"qweight", "qzeros", "scales"} - set(tensors)
-        require(not missing, "load", name, "packed with qweight, qzeros and scales", f"no {', '.join(sorted(missing))}")
-        require(tensors["scales"].shape[-1] == linear.out_features, "load", name, f"of {linear.out_features} rows", tensors["scales"].shape[-1])
-        replace(model, name, PackedLinear.from_gptq(name, tensors, bits, linear.in_features, v2=form == "gptq_v2"))
-        packed += 1
-    require(packed > 0, "load", str(folder.path), "a checkpoint with packed linears (qweight tensors)", "none")
+    return {leaf: weights.read(prefix + leaf) for leaf in leaves if weights.find(prefix + leaf) == prefix + leaf}
+
+
+def fill_packed(model: Any, folder: ModelFolder) -> None:
+    """Give a skeleton a packed checkpoint's weights: packed linears where it has codes, the rest as stored."""
+    form, weights = formats.open_format(folder.quantization or {}), folder.weights
+    for name, (linear, prefix) in packed_linears(model, folder, form).items():
+        tensors = packed_tensors(folder, prefix, (*form.leaves, "bias"))
+        replace(model, name, form.read(name, tensors, linear.out_features, linear.in_features))
     weights.fill(model, skip=tied_names(model))
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -369,7 +370,5 @@ def fill_packed(model: Any, folder: ModelFolder) -> None:
 
 def recipe(folder: Path) -> dict[str, Any] | None:
     """What normtweak noted when it wrote the folder, or None for another's."""
-    from .checkpoint import RECIPE
-
     path = folder / RECIPE
     return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None

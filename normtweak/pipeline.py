@@ -8,8 +8,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -19,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import calibration, families, models, norms, quantizers
-from .activations import BlockCalls, Stream, compute_dtype, device_of, embed_all
+from . import calibration, card, families, formats, models, norms, quantizers
+from .activations import Stream, compute_dtype, device_of, embed_all
+from .blocks import BlockReader
 from .calibration import Author, Calibration
 from .calibration.quality import TextReport
-from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter, packed_config
-from .config import PolishConfig, QuantizeConfig, check_out_folder, require, stored_bits
+from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter, check_disk
+from .config import PolishConfig, QuantizeConfig, RetweakConfig, check_out_folder, require, stored_bits
 from .linear import PackedLinear, quantizable_linears
 from .loop import BlockReport, quantize_blocks
 from .memory import PeakMemory, release
@@ -58,7 +58,7 @@ def quantize(
     progress: Progress | None = None,
     device: str = "auto",
 ) -> Report:
-    """Quantize MODEL (see `models.resolve`) into the new folder `out`, a GPTQ v1 checkpoint with tweaked norms.
+    """Quantize MODEL (see `models.resolve`) into the new folder `out`, a checkpoint of format `config.format` with tweaked norms.
 
     tokens: token ids int64 [samples, length] to calibrate on; None takes what `config.calibration` names. device: where blocks are computed, "cpu",
     "cuda", "cuda:N" or "auto", a GPU where there is one; a block at a time is there, the activations of all sequences stay in the host's memory.
@@ -81,7 +81,7 @@ def quantize(
         report = Report(out, seconds=stages.seconds)
         take_text = None
         if tokens is not None:
-            plan.check_tokens(tokens)
+            plan.check_tokens("quantize", tokens)
         elif config.needs_calibration:
             folder.check_length("quantize", config.calibration.length)
             take_text = calibration_text(folder, config, plan.device)
@@ -104,9 +104,12 @@ def quantize(
                 release()
                 with stages("polish"):
                     report.polish = _polish(plan, config.polish, tokens, float_stream, writer, progress)
-            writer.write_json(RECIPE, _recipe(model, config, tokens, report))
+            report.float_size = plan.float_size
+            recipe = _recipe(model, config, tokens, report) | {"sizes": {"packed": writer.size, "float": plan.float_size}}
+            writer.write_json(RECIPE, recipe)
+            writer.write_text(card.FILE, card.render(recipe, plan.format.settings))
             writer.finish()
-    report.float_size, report.packed_size = plan.float_size, sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    report.packed_size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     report.peak_memory = memory.peak
     return report
 
@@ -128,26 +131,21 @@ class _Stages:
         self.seconds[self._name] = time.perf_counter() - self._began
 
 
-class _Plan:
+class _Plan(BlockReader):
     """What a configuration means for a model; raises ValueError where they don't fit."""
 
     def __init__(self, folder: ModelFolder, config: QuantizeConfig, device: torch.device) -> None:
         require(
             folder.quantization is None, "quantize", "model", "a float model", f"one quantized by {(folder.quantization or {}).get('quant_method')}"
         )
-        self.folder, self.device = folder, device
+        super().__init__(folder, device)
         self.precision = compute_dtype(config.compute_dtype, device)
-        self.model = folder.skeleton()
-        self.path = models.present_blocks(self.model)
-        self.modules: nn.ModuleList = self.model.get_submodule(self.path)
-        self.blocks = len(self.modules)
         require(self.blocks > 0, "quantize", "model", "one with at least one block", "none")
         self.stored_dtype = _stored_dtype(folder)
         self.family = families.find(folder.config)
         self.config = replace(config, skip=(*config.skip, *(self.family.keep if self.family else ())))
         linears = [f"{self.path}.{name}" for name in quantizable_linears(self.modules)]
         require(bool(linears), "quantize", self.path, "a list of blocks with nn.Linear modules", "none")
-        self.head = next((name for name, module in self.model.named_modules() if module is self.model.get_output_embeddings()), None)
         if config.lm_head:
             head = self.model.get_submodule(self.head) if self.head else None
             require(isinstance(head, nn.Linear), "quantize", "lm_head", "off for a model without an output head that is an nn.Linear", "on")
@@ -160,8 +158,20 @@ class _Plan:
             k = self.model.get_submodule(name).in_features
             fits = own.group_size == -1 or k % own.group_size == 0
             require(fits, "quantize", "group_size", f"a divisor of {name}'s {k} input features", own.group_size)
-        self.tied = models.tied_names(self.model)
+        self.format = formats.open_format(self._quantization())
         self._check_parameters()
+
+    def _quantization(self) -> dict[str, Any]:
+        schemes = {name: formats.Scheme(stored_bits(own.bits), own.group_size, own.symmetric) for name, own in self.packed.items()}
+        plain = [name for name in quantizable_linears(self.model) if name not in schemes]
+        own = self.config
+        meta = {
+            "quantizer": [f"normtweak:{version('normtweak')}"],
+            "damp_percent": own.damp_percent,
+            "act_order": own.act_order,
+            "static_groups": True,
+        } | ({} if own.packed_activations == "auto" else {"activations": own.packed_activations})
+        return formats.describe(own.written_format, schemes, plain, head=self.head, meta=meta)
 
     def _check_parameters(self) -> None:
         missing = self.folder.missing(self.model)
@@ -193,45 +203,7 @@ class _Plan:
 
     def check_disk(self, out: Path) -> None:
         """Raise ValueError when the folder won't fit on its disk."""
-        needed, free = self.packed_size() + 64 * 2**20, shutil.disk_usage(out.absolute().parent).free
-        require(free >= needed, "quantize", "out", f"on a disk with {needed / 2**20:.0f} MiB free", f"{free / 2**20:.0f} MiB free")
-
-    def check_tokens(self, tokens: Tensor) -> None:
-        """Raise ValueError unless a user's own tokens can be calibrated on."""
-        vocabulary = self.folder.text_config.vocab_size
-        good = tokens.dim() == 2 and tokens.dtype == torch.int64 and tokens.shape[0] >= 1 and tokens.shape[1] >= 2
-        good = good and int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary
-        wanted = f"int64 [samples, length of 2 or more] of ids below {vocabulary}"
-        require(good, "quantize", "tokens", wanted, f"{tokens.dtype} {tuple(tokens.shape)}")
-        self.folder.check_length("quantize", tokens.shape[1])
-
-    def check_calls(self) -> None:
-        """Raise ValueError when the model calls its blocks in a way that the loop can't repeat."""
-        with self.entrance() as calls:
-            calls.embed(torch.zeros(1, 4, dtype=torch.int64))
-            calls.embed(torch.ones(1, 4, dtype=torch.int64))
-
-    @contextmanager
-    def entrance(self) -> Iterator[BlockCalls]:
-        """What comes before the first block, in float32, while open."""
-        self.folder.weights.fill(self.model, skip=(f"{self.path}.", *self.tied, *([f"{self.head}."] if self.head else [])))
-        blocks = set(self.modules.modules())
-        outside = [m for m in self.model.modules() if m not in blocks and any(not p.is_meta for p in m.parameters(recurse=False))]
-        for module in outside:
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.float()
-        try:
-            yield BlockCalls(self.model, self.modules)
-        finally:
-            for module in outside:
-                for name, parameter in list(module.named_parameters(recurse=False)):
-                    setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-
-    def open_block(self, index: int) -> nn.Module:
-        """Block `index` with its float weights, float32, on the device."""
-        block = self.modules[index]
-        self.folder.weights.fill(block, f"{self.path}.{index}.")
-        return block.float().to(self.device).requires_grad_(False)
+        check_disk("quantize", out, self.packed_size())
 
     def open_head(self) -> nn.Linear:
         """The output head with its float weights, float32; a tied one's are the embedding's."""
@@ -250,7 +222,7 @@ class _Plan:
     def written_packed(self, name: str, module: PackedLinear) -> dict[str, Tensor]:
         """A packed linear's tensors by their names in the checkpoint."""
         prefix = self.written_name(f"{name}.weight").removesuffix("weight")
-        return {prefix + leaf: tensor for leaf, tensor in module.to_gptq().items()}
+        return {prefix + leaf: tensor for leaf, tensor in self.format.write(name, module).items()}
 
 
 def _check_patterns(config: QuantizeConfig, names: list[str]) -> None:
@@ -266,7 +238,7 @@ def _stored_dtype(folder: ModelFolder) -> torch.dtype:
     return folder.config.dtype if folder.config.dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
-def calibration_text(folder: ModelFolder, config: QuantizeConfig, device: torch.device) -> Callable[[Progress], Calibration]:
+def calibration_text(folder: ModelFolder, config: QuantizeConfig | RetweakConfig, device: torch.device) -> Callable[[Progress], Calibration]:
     """What gives the text that `config` names for a model, when called; on `device` where the model writes it. Raises ValueError for whatever is wrong with its source."""
     dtype = compute_dtype(config.compute_dtype, device)
     author = Author(
@@ -355,8 +327,7 @@ def _write_rest(plan: _Plan, head: dict[str, Tensor], writer: CheckpointWriter) 
         if stored is not None:
             rest[plan.written_name(name)] = _stored(weights.read(stored), plan.stored_dtype)
     writer.write(plan.blocks, rest)
-    skipped = [name for name in quantizable_linears(plan.model) if name not in plan.packed]
-    quantization = packed_config(plan.config, version("normtweak"), skipped)
+    quantization = plan.format.settings
     settings = plan.folder.config.to_dict()
     settings |= {"dtype": str(plan.stored_dtype).removeprefix("torch."), "quantization_config": quantization}
     # transformers' server finds the model's class by it, and what GGUF files say lacks it
@@ -364,7 +335,8 @@ def _write_rest(plan: _Plan, head: dict[str, Tensor], writer: CheckpointWriter) 
     if head:  # packed codes are no embedding
         settings["tie_word_embeddings"] = False
     writer.write_json("config.json", settings)
-    writer.write_json(QUANTIZE_CONFIG, quantization)
+    if quantization["quant_method"] == "gptq":
+        writer.write_json(QUANTIZE_CONFIG, quantization)
     plan.folder.tokenizer.save_pretrained(writer.partial)
     if (plan.folder.path / "generation_config.json").is_file():
         shutil.copyfile(plan.folder.path / "generation_config.json", writer.partial / "generation_config.json")

@@ -54,18 +54,19 @@ def polish(
     dtype: torch.dtype,
     seed: int = 0,
     progress: Progress,
+    float_values: dict[str, Tensor] | None = None,
 ) -> tuple[PolishReport, dict[str, Tensor]]:
     """Polish the norms of a packed causal model in place.
 
     blocks: the model's list of decoder blocks. tokens: int64 [S, L]. float_hidden: the float model's last block output for them, float32 [S, L, H].
-    dtype: of matrix products. Memory: the packed model, and of one sequence the activations that enter each block, one block's own, and two sets of
-    logits. Returns the report and the norm parameters by name, float32: changed ones, or the old where held-out text got no better.
+    float_values: norm parameters that the float model has behind its blocks; None where the packed model begins with the same. dtype: of matrix products.
+    Memory: the packed model, and of one sequence the activations that enter each block, one block's own, and two sets of logits. Returns the report and the norm parameters by name, float32: changed ones, or the old where held-out text got no better.
     Raises ValueError when the loss isn't finite.
     """
     start = {p.name: p.start for p in norms.norm_parameters(model, relative=True)}
     model.requires_grad_(False)
     own = {name: model.get_parameter(name).requires_grad_() for name in start}
-    objective = _Objective(model, blocks, tokens, float_hidden, start, dtype)
+    objective = _Objective(model, blocks, tokens, float_hidden, start | (float_values or {}), dtype)
     trained, held_out = split_rows(len(tokens), config.held_out)
     before = objective.mean(held_out)
     rate = config.learning_rate or _find_rate(model, objective, trained, held_out, config, seed, progress)

@@ -7,7 +7,7 @@ import torch
 from torch.fx.experimental import _config as config
 from torch.overrides import TorchFunctionMode
 
-from normtweak import models
+from normtweak import formats, models
 from normtweak.activations import BlockCalls, Stream, device_of, embed_all
 from normtweak.config import PolishConfig, QuantizeConfig
 from normtweak.families import find
@@ -55,7 +55,8 @@ def test_the_loop_keeps_host_and_gpu_apart(small_model, method, target_stream):
     def close(index, block):
         packed = [module for module in block.modules() if isinstance(module, PackedLinear)]
         assert packed and all(t.device == GPU for module in packed for t in module.buffers())
-        closed.append([tensor.cpu() for module in packed for tensor in module.to_gptq().values()])
+        form = formats.open_format(formats.describe("gptq", {"x": formats.Scheme.of(packed[0])}, []))
+        closed.append([tensor.cpu() for module in packed for tensor in form.write("x", module).values()])
 
     with Values():
         _, last, floating = quantize_blocks(

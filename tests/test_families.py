@@ -82,7 +82,7 @@ def reference(float_folder, packed_folder):
                 parameters[name].copy_(parameter)
         for name, module in packed.named_modules():
             if isinstance(module, PackedLinear):
-                weight = module.quantized().dequantize()
+                weight = module.dequantize()
                 mixture, _, inside = name.partition(".experts.")
                 if inside:
                     number, leaf = inside.split(".")

@@ -19,19 +19,16 @@ def quantized(n, k, bits, groups, symmetric):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("n", "k", "groups"), [(5, 33, 1), (64, 192, 3), (17, 576, 9)])
-def test_gptq_round_trip_and_product(bits, symmetric, n, k, groups):
+def test_product(bits, symmetric, n, k, groups):
     weight = quantized(n, k, bits, groups, symmetric)
     bias = torch.randn(n)
     linear = PackedLinear.from_weight(weight, bias)
-    again = PackedLinear.from_gptq("x", linear.to_gptq(), bits, k)
-    assert torch.equal(again.quantized().codes, weight.codes)
-    assert torch.equal(again.scales, weight.scales)
-    assert again.zeros is None if symmetric else torch.equal(again.zeros, weight.zeros)
+    assert torch.equal(linear.quantized().codes, weight.codes)
     x = torch.randn(3, 2, k)
     expected = nn.functional.linear(x.double(), weight.dequantize(torch.float64), bias.double())
     plain = nn.functional.linear(x, weight.dequantize(), bias)
     limit = 2 * (plain - expected).abs().max() + 1e-6
-    assert (again(x) - expected).abs().max() <= limit
+    assert (linear(x) - expected).abs().max() <= limit
 
 
 def test_scales_keep_their_precision_through_to():
@@ -55,14 +52,35 @@ def test_gradient_reaches_x():
     torch.testing.assert_close(x.grad, 2 * (x.detach() @ weight.t()) @ weight, rtol=1e-4, atol=1e-4)
 
 
-def test_tensors_that_do_not_fit_together_are_named():
-    tensors = PackedLinear.from_weight(quantized(8, 64, 4, 2, False)).to_gptq()
-    with pytest.raises(ValueError, match=r"layer.q: g_idx must be k // group_size"):
-        PackedLinear.from_gptq("layer.q", tensors | {"g_idx": torch.zeros(64, dtype=torch.int32)}, 4, 64)
-    with pytest.raises(ValueError, match=r"layer.q: repack_gptq: qweight must be int32 \[16, N\]"):
-        PackedLinear.from_gptq("layer.q", tensors, 4, 128)
-    with pytest.raises(ValueError, match=r"layer.q: unpack_gptq_zeros"):
-        PackedLinear.from_gptq("layer.q", tensors | {"qzeros": tensors["qzeros"][:, :-1]}, 4, 64)
+def permuted(n, k, bits, groups):
+    """A linear whose inputs lie in another order than its packed columns."""
+    plain = PackedLinear.from_weight(quantized(n, k, bits, groups, False), torch.randn(n))
+    return PackedLinear(plain.qweight, plain.scales, plain.zeros, plain.bias, bits=bits, in_features=k, perm=torch.randperm(k))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_permuted_inputs(bits):
+    linear = permuted(24, 96, bits, 3)
+    x = torch.randn(3, 2, 96, requires_grad=True)
+    weight = linear.dequantize()
+    assert torch.equal(weight[:, linear.perm[7]], linear.quantized().dequantize()[:, 7])
+    expected = nn.functional.linear(x, weight, linear.bias)
+    torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-4)
+    (ours,), (theirs,) = (torch.autograd.grad(y.square().sum(), x) for y in (linear(x), expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        once, again = linear(x), linear.to(torch.float32)(x)  # through the prepared call, which remembers the weight
+    assert torch.equal(once, again)
+    assert "inputs permuted" in repr(linear)
+    assert linear.perm.dtype == torch.int32
+
+
+def test_permuted_inputs_compile():
+    linear = permuted(16, 64, 4, 2)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), linear(x), rtol=1e-4, atol=1e-4)
 
 
 def test_replace_and_list():

@@ -135,7 +135,7 @@ def test_no_recognisable_blocks(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_method": "awq"}, "load: quant_method must be gptq, got awq"),
+        ({"quant_method": "awq"}, "load: quant_method must be one of gptq, auto-round, compressed-tensors, got awq"),
         ({"bits": 5}, "load: bits must be one of 2, 3, 4, 8, got 5"),
         ({"checkpoint_format": "marlin"}, "load: checkpoint_format must be gptq or gptq_v2, got marlin"),
     ],

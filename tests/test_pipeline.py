@@ -47,6 +47,7 @@ def dequantized_by_hand(folder, float_folder, bits, group_size):
     model = models.load(float_folder)
     stored = tensors_of(folder)
     parameters = dict(model.named_parameters())
+    v1 = json.loads((folder / "quantize_config.json").read_text())["checkpoint_format"] == "gptq"
     with torch.no_grad():
         for name, tensor in stored.items():
             if name in parameters:
@@ -63,7 +64,7 @@ def dequantized_by_hand(folder, float_folder, bits, group_size):
                     group = 0 if group_size == -1 else column // group_size
                     zeros = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(zero_words[group]))
                     code = (stream >> (bits * column)) % 2**bits
-                    zero = ((zeros >> (bits * row)) + 1) % 2**bits
+                    zero = ((zeros >> (bits * row)) + v1) % 2**bits
                     weight[row, column] = (code - zero) * scales[group, row]
     return model
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normtweak.linear import PackedLinear
+from normtweak import formats
 from normtweak.shards import STORED, Shard, check_order, first_row
 from normtweak_kernels import packing
 from stored_linears import stored_linear
@@ -74,7 +74,8 @@ def test_a_shard_in_one_group_is_one_group():
 
 def test_the_whole_is_what_the_checkpoint_reader_makes():
     _, tensors = stored_linear(33, 96, 3, 32)
-    whole, ours = PackedLinear.from_gptq("linear", tensors, 3, 96), load(Shard(3, 32, 96, 0, 96), tensors, 33, 0, 33)
+    form = formats.open_format({"quant_method": "gptq", "bits": 3, "group_size": 96 // len(tensors["scales"]), "sym": False})
+    whole, ours = form.read("linear", tensors, 33, 96), load(Shard(3, 32, 96, 0, 96), tensors, 33, 0, 33)
     for name, buffer in whole.named_buffers():
         assert torch.equal(buffer, dict(ours.named_buffers())[name])
 

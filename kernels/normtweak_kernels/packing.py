@@ -131,17 +131,26 @@ def unpack_gptq(qweight: Tensor, bits: int, k: int) -> Tensor:
 
 
 def pack_gptq_zeros(zeros: Tensor, bits: int, *, v2: bool = False) -> Tensor:
-    """Zeros uint8 [G, N] -> GPTQ's qzeros int32 [G, ceil(N*bits/32)]; v1 stores zero - 1 modulo 2**bits."""
+    """Zeros uint8 [G, N] -> GPTQ's qzeros int32 [G, ceil(N*bits/32)]; v1 stores zero - 1."""
     check_bits("pack_gptq_zeros", bits)
-    stored = zeros if v2 else (zeros.to(torch.int16) - 1).remainder(2**bits).to(torch.uint8)
     words = -(-zeros.shape[1] * bits // 32)
-    return _to_words(stored, bits, _STREAM[bits])[:, :words].contiguous()
+    if not v2 and bits == 3:
+        zeros = (zeros.to(torch.int16) - 1).remainder(2**bits).to(torch.uint8)
+    packed = _to_words(zeros, bits, _STREAM[bits])[:, :words]
+    return (packed if v2 or bits == 3 else packed - _ones(bits)).contiguous()
 
 
 def unpack_gptq_zeros(qzeros: Tensor, bits: int, n: int, *, v2: bool = False) -> Tensor:
     """The inverse of `pack_gptq_zeros`: zeros uint8 [G, n]."""
     check_bits("unpack_gptq_zeros", bits)
-    if qzeros.dim() != 2 or qzeros.shape[1] != -(-n * bits // 32):
-        raise ValueError(f"unpack_gptq_zeros: qzeros must be int32 [G, {-(-n * bits // 32)}] for {bits} bits and N = {n}, got {tuple(qzeros.shape)}")
-    stored = _from_words(torch.nn.functional.pad(qzeros, (0, -qzeros.shape[1] % bits)), bits, n, _STREAM[bits])
-    return stored if v2 else (stored.to(torch.int16) + 1).remainder(2**bits).to(torch.uint8)
+    if qzeros.dim() != 2 or qzeros.shape[1] != -(-n * bits // 32) or qzeros.dtype != torch.int32:
+        wanted = f"int32 [G, {-(-n * bits // 32)}] for {bits} bits and N = {n}"
+        raise ValueError(f"unpack_gptq_zeros: qzeros must be {wanted}, got {qzeros.dtype} {tuple(qzeros.shape)}")
+    words = qzeros if v2 or bits == 3 else qzeros + _ones(bits)
+    zeros = _from_words(torch.nn.functional.pad(words, (0, -words.shape[1] % bits)), bits, n, _STREAM[bits])
+    return zeros if v2 or bits != 3 else (zeros.to(torch.int16) + 1).remainder(2**bits).to(torch.uint8)
+
+
+def _ones(bits: int) -> int:
+    """A word with 1 in each of its fields. Peers that write v1 subtract it from whole words, so that a zero of 0 borrows from its neighbour; not at 3 bits."""
+    return sum(1 << shift for shift in range(0, 32, bits))

@@ -76,16 +76,20 @@ def quantize(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Generate anew, and keep nothing in the cache folder.")] = False,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="gptq, gptq_v2 or compressed-tensors.", show_default="gptq; gptq_v2 with --asymmetric")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same bytes.", show_default="0")] = None,
     device: Device = "auto",
     config: Annotated[Path | None, typer.Option(help="JSON file of QuantizeConfig settings; options given here win.", show_default=False)] = None,
 ) -> None:
-    """Quantize MODEL block by block, tweak each block's norms, polish them all together, write a packed checkpoint (GPTQ v1 layout)."""
+    """Quantize MODEL block by block, tweak each block's norms, polish them all together, write a packed checkpoint."""
     from .. import pipeline
     from ..config import ModuleOverride, QuantizeConfig, require
 
-    settings = _read_settings(config)
-    given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "method": method, "rounding": rounding, "seed": seed}
+    settings = read_settings("quantize", config)
+    given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "method": method}
+    given |= {"rounding": rounding, "format": form, "seed": seed}
     settings |= {key: value for key, value in given.items() if value is not None}
     if module:
         settings["overrides"] = [ModuleOverride.parse(entry) for entry in module]
@@ -95,9 +99,7 @@ def quantize(
         settings["lm_head"] = True
     options = {"source": calibration, "samples": samples, "length": length, "languages": languages, "words": words or None, "field": field}
     options |= {"subset": subset, "split": split, "chat": chat or None, "cache": False if no_cache else None}
-    text = {key: value for key, value in options.items() if value is not None}
-    if text:
-        settings["calibration"] = {**settings["calibration"], **text} if isinstance(settings.get("calibration"), dict) else text
+    settings |= calibration_settings(settings, options)
     require(lr is None or not lr_search, "quantize", "lr", "left out with --lr-search", lr)
     schedule: dict[str, Any] = {
         key: value for key, value in {"loss": loss, "iterations": iterations, "learning_rate": lr}.items() if value is not None
@@ -125,15 +127,23 @@ def quantize(
     )
 
 
-def _read_settings(path: Path | None) -> dict[str, Any]:
+def calibration_settings(settings: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The `calibration` table of a configuration file's settings with the options that were given (not None); nothing when none was."""
+    text = {key: value for key, value in options.items() if value is not None}
+    known = settings.get("calibration")
+    return {"calibration": {**known, **text} if isinstance(known, dict) else text} if text else {}
+
+
+def read_settings(where: str, path: Path | None) -> dict[str, Any]:
+    """What a JSON configuration file holds, nothing for None. Raises ValueError in one line for anything but a JSON object."""
     if path is None:
         return {}
     try:
         settings = json.loads(path.read_text(encoding="utf8"))
     except OSError as error:
-        raise ValueError(f"quantize: config must be a JSON file, got {path} ({error.strerror})") from None
+        raise ValueError(f"{where}: config must be a JSON file, got {path} ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"quantize: config must be a JSON file, got {path}: {error}") from error
+        raise ValueError(f"{where}: config must be a JSON file, got {path}: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"quantize: config must be a JSON object, got {type(settings).__name__}")
+        raise ValueError(f"{where}: config must be a JSON object, got {type(settings).__name__}")
     return settings

@@ -14,8 +14,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import GPTQConfig
 
-from ..checkpoint import module_settings, stored_activations
-from ..linear import Conv1DLinear, PackedLinear, RoutedLinear, quantizable_linears, replace
+from .. import formats
+from ..linear import Conv1DLinear, RoutedLinear, quantizable_linears, replace
 from ..models import present_blocks
 
 _THEIRS = AUTO_QUANTIZER_MAPPING["gptq"]
@@ -35,13 +35,13 @@ class NormTweakQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config: Any = self.quantization_config
-        settings = {"bits": config.bits, "group_size": config.group_size, "dynamic": config.dynamic}
+        self._format = formats.open_format(config.to_dict() | {"quant_method": "gptq"})
         plain = dict(model.named_modules())
         path = present_blocks(model)
         for name, linear in quantizable_linears(model).items():
-            own = module_settings(settings, name) if name.startswith(f"{path}.") or config.lm_head else None
-            if own is not None:
-                replace(model, name, _StoredLinear(linear, own["bits"], own["group_size"]))
+            scheme = self._format.scheme(name) if name.startswith(f"{path}.") or config.lm_head else None
+            if scheme is not None:
+                replace(model, name, _StoredLinear(linear, self._format.tensors(scheme, linear.out_features, linear.in_features)))
             elif isinstance(linear, Conv1DLinear):
                 replace(model, name, plain[name])
             elif isinstance(linear, RoutedLinear):
@@ -54,9 +54,7 @@ class NormTweakQuantizer(HfQuantizer):
         config: Any = self.quantization_config
         activations = stored_activations({"meta": config.meta})
         for name, module in stored.items():
-            packed = PackedLinear.from_gptq(name, module.tensors(), module.bits, module.in_features)
-            packed.activations = activations
-            replace(model, name, packed)
+            replace(model, name, self._format.read(name, module.tensors(), module.out_features, module.in_features))
 
     @property
     def is_trainable(self) -> bool:
@@ -77,19 +75,15 @@ class _Config(GPTQConfig):
 
 
 class _StoredLinear(nn.Module):
-    """The tensors of a GPTQ linear as a checkpoint stores them, for transformers' loader to fill."""
+    """The tensors of a packed linear as a checkpoint stores them, for transformers' loader to fill."""
 
-    def __init__(self, linear: nn.Linear, bits: int, group_size: int) -> None:
+    def __init__(self, linear: nn.Linear, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         super().__init__()
-        n, k = linear.out_features, linear.in_features
-        groups = 1 if group_size == -1 else k // group_size
-        self.in_features, self.bits = k, bits
-        self.register_buffer("qweight", torch.empty(-(-k * bits // 32), n, dtype=torch.int32))
-        self.register_buffer("qzeros", torch.empty(groups, -(-n * bits // 32), dtype=torch.int32))
-        self.register_buffer("scales", torch.empty(groups, n, dtype=torch.float16))
-        self.register_buffer("g_idx", torch.empty(k, dtype=torch.int32))
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        for name, (dtype, shape) in tensors.items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype))
         if linear.bias is not None:
-            self.register_buffer("bias", torch.empty(n, dtype=linear.bias.dtype))
+            self.register_buffer("bias", torch.empty(linear.out_features, dtype=linear.bias.dtype))
 
     @property
     def weight(self) -> torch.Tensor:
@@ -97,7 +91,7 @@ class _StoredLinear(nn.Module):
         return torch.empty(0)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """By GPTQ's names."""
+        """By their names."""
         return dict(self.named_buffers())
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..checkpoint import module_settings
+from .. import formats
 from ..config import BITS, require
 
 NAME = "normtweak"
@@ -58,12 +58,11 @@ def packings(settings: dict[str, Any], names: Sequence[str], stored: frozenset[s
 
     Raises ValueError when packed linears and others are to be one merged linear.
     """
-    skipped = settings.get("modules_to_not_convert") or []
-    found: list[Packing] = []
+    form, found = formats.open_format({**settings, "quant_method": "gptq"}), []
     for name in names:
-        own = module_settings(settings, name)
-        packed = own is not None and (name not in skipped if stored is None else name in stored)
-        found.append((own["bits"], own["group_size"]) if packed and own is not None else None)
+        scheme = form.scheme(name)
+        packed = scheme is not None and (stored is None or name in stored)
+        found.append((scheme.bits, scheme.group_size) if packed and scheme is not None else None)
     mixed = None in found and any(found)
     without = ", ".join(name for name, packing in zip(names, found, strict=True) if packing is None)
     require(not mixed, "vllm", ", ".join(names), "all packed or all in floating point, as vLLM merges them", f"no codes for {without}")

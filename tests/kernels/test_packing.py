@@ -74,10 +74,16 @@ def test_symmetric_zeros_are_the_known_words(bits, v1, v2):
         assert set(words.flatten().tolist()) == {word}
 
 
-def test_zero_0_wraps_around_in_v1():
-    zeros = torch.zeros(1, 8, dtype=torch.uint8)
-    assert packing.pack_gptq_zeros(zeros, 4).item() == -1
-    assert torch.equal(packing.unpack_gptq_zeros(torch.tensor([[-1]], dtype=torch.int32), 4, 8), zeros)
+@pytest.mark.parametrize(("bits", "ones"), [(2, 0x55555555), (4, 0x11111111), (8, 0x01010101)])
+def test_zero_0_borrows_from_its_neighbour_in_v1(bits, ones):
+    """Peers subtract 1 in every field from a whole word, and add it to whole words."""
+    zeros = (torch.arange(32).unsqueeze(0) % 2**bits).to(torch.uint8)
+    v1, v2 = (packing.pack_gptq_zeros(zeros, bits, v2=v2).to(torch.int64) for v2 in (False, True))
+    assert torch.equal(v1 & 0xFFFFFFFF, (v2 - ones) & 0xFFFFFFFF)
+
+
+def test_zero_0_wraps_around_in_v1_at_3_bits():
+    assert packing.pack_gptq_zeros(torch.zeros(1, 32, dtype=torch.uint8), 3).tolist() == [[-1, -1, -1]]
 
 
 @pytest.mark.parametrize(
