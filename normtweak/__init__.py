@@ -1,8 +1,31 @@
 """normtweak: quantize a language model layer by layer, tweak its norms, serve the packed weights."""
 
+from typing import Any
+
+from . import integrations
 from .config import CalibrationConfig, ModuleOverride, QuantizeConfig, TweakConfig
 from .linear import PackedLinear
 from .models import load, load_tokenizer
 from .pipeline import Report, quantize
 
-__all__ = ["CalibrationConfig", "ModuleOverride", "PackedLinear", "QuantizeConfig", "Report", "TweakConfig", "load", "load_tokenizer", "quantize"]
+__all__ = [
+    "CalibrationConfig",
+    "ModuleOverride",
+    "NormTweakConfig",
+    "PackedLinear",
+    "QuantizeConfig",
+    "Report",
+    "TweakConfig",
+    "integrations",
+    "load",
+    "load_tokenizer",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "NormTweakConfig":  # its base is a class of transformers, which `import normtweak` doesn't load
+        from .integrations.transformers import NormTweakConfig
+
+        return NormTweakConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,8 +18,9 @@ FLOORS = [
     {"cli"},
     {"commands"},
     {"demo"},
+    {"integrations"},
     {"pipeline"},
-    {"loop", "polish", "evaluate", "integrations", "describe", "warm"},
+    {"loop", "polish", "evaluate", "describe", "warm"},
     {"models", "text", "tasks"},
     {"quantizers", "calibration", "checkpoint", "formats"},
     {"losses", "families", "norms", "activations", "linear"},
@@ -37,11 +38,12 @@ OWNERS = {
     "rich": {"cli", "terminal", "commands/*", "demo"},
     "datasets": set(),
     "vllm": {"integrations/vllm"},
+    "peft": {"integrations/peft"},
     "lm_eval": {"evaluate"},
     "matplotlib": set(),
     "normtweak_kernels": None,
 }
-LAZY = {"transformers", "accelerate", "huggingface_hub", "vllm", "lm_eval"}
+LAZY = {"transformers", "accelerate", "huggingface_hub", "vllm", "lm_eval", "peft"}
 
 
 def imports(path):
@@ -136,7 +138,7 @@ def test_kernels_folder_is_no_package():
 def test_importing_prints_nothing_and_loads_no_heavy_package():
     code = (
         "import sys, os; before = dict(os.environ); import normtweak, normtweak_kernels; assert dict(os.environ) == before;"
-        "print([m for m in ('transformers', 'triton', 'accelerate', 'vllm', 'typer', 'kernels') if m in sys.modules])"
+        "print([m for m in ('transformers', 'triton', 'accelerate', 'vllm', 'peft', 'typer', 'kernels') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert result.stdout.strip() == "[]"
