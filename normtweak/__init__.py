@@ -3,10 +3,12 @@
 from typing import Any
 
 from . import integrations
-from .config import CalibrationConfig, ModuleOverride, QuantizeConfig, TweakConfig
+from .config import CalibrationConfig, ModuleOverride, QuantizeConfig, RetweakConfig, TweakConfig
+from .convert import convert
 from .linear import PackedLinear
 from .models import load, load_tokenizer
 from .pipeline import Report, quantize
+from .retweak import RetweakReport, tweak
 
 __all__ = [
     "CalibrationConfig",
@@ -15,11 +17,15 @@ __all__ = [
     "PackedLinear",
     "QuantizeConfig",
     "Report",
+    "RetweakConfig",
+    "RetweakReport",
     "TweakConfig",
+    "convert",
     "integrations",
     "load",
     "load_tokenizer",
     "quantize",
+    "tweak",
 ]
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,13 @@ class WeightFiles:
         """All tensors' names."""
         return list(self._where)
 
+    def by_file(self) -> dict[str, list[str]]:
+        """The tensors' names, file by file."""
+        files: dict[str, list[str]] = {}
+        for name, (file, _) in self._where.items():
+            files.setdefault(file, []).append(name)
+        return files
+
     def written(self, name: str) -> str:
         """What the files call the tensor that the model calls `name`; the name itself when they have no such tensor."""
         return self._where.get(name, ("", name))[1]
@@ -128,6 +135,22 @@ class WeightFiles:
             if tensor.is_floating_point():
                 require(bool(torch.isfinite(tensor).all()), "checkpoint", name, "finite", "NaN or infinity")
             yield name
+
+
+# Files of a model folder that hold or index weights; pickled ones are never handed on.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+def other_files(folder: Path) -> list[Path]:
+    """The files of a model folder beside its weights, by their paths in it."""
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [p for p in paths if p.suffix not in _WEIGHTS and not p.name.endswith(".index.json") and not p.parts[0].startswith(".")]
+
+
+def check_disk(where: str, out: Path, size: int) -> None:
+    """Raise ValueError when a folder of `size` bytes won't fit on its disk."""
+    needed, free = size + 64 * 2**20, shutil.disk_usage(out.absolute().parent).free
+    require(free >= needed, where, "out", f"on a disk with {needed / 2**20:.0f} MiB free", f"{free / 2**20:.0f} MiB free")
 
 
 class CheckpointWriter:
@@ -189,6 +212,21 @@ class CheckpointWriter:
             self._bytes -= sum(tensor.nbytes for tensor in shard.values())
             self.write(int(file.split("-")[1]) - 1, {name: tensors.get(name, tensor) for name, tensor in shard.items()})
 
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors written so far."""
+        return self._bytes
+
+    def copy(self, folder: Path, names: Iterable[Path]) -> None:
+        """Take files of another folder over as they are."""
+        for name in names:
+            (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, self.partial / name)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file."""
+        write_text(self.partial / name, text)
+
     def write_json(self, name: str, data: Any) -> None:
         """Write a JSON file."""
         write_json(self.partial / name, data)
@@ -210,11 +248,16 @@ def check_parent(file: Path) -> None:
     require(file.absolute().parent.is_dir(), "checkpoint", str(file), "in a folder that exists", "none")
 
 
-def write_json(file: Path, data: Any) -> None:
-    """Write a JSON file whole or not at all."""
+def write_text(file: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
     check_parent(file)
     with _beside(file) as path:
-        path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+        path.write_text(text, encoding="utf8")
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager

@@ -9,11 +9,13 @@ import typer
 from rich.logging import RichHandler
 
 from .commands.bench import bench
+from .commands.convert import convert
 from .commands.demo import demo
 from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.inspect import inspect
 from .commands.quantize import quantize
+from .commands.tweak import tweak
 from .terminal import errors
 
 app = typer.Typer(
@@ -27,6 +29,8 @@ app = typer.Typer(
 )
 
 app.command()(quantize)
+app.command()(tweak)
+app.command()(convert)
 app.command(name="eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)

@@ -251,6 +251,31 @@ class QuantizeConfig:
         return self.method != "rtn" or self.tweak is not None or self.polish is not None
 
 
+@dataclass(frozen=True)
+class RetweakConfig:
+    """How the norms of a packed checkpoint are tweaked: block by block (None: not), then polished together (None: not). See QuantizeConfig."""
+
+    tweak: TweakConfig | None = field(default_factory=TweakConfig)
+    polish: PolishConfig | None = field(default_factory=PolishConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    compute_dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        where = "RetweakConfig"
+        require(self.tweak is not None or self.polish is not None, where, "tweak, polish", "given, one of them at least", "neither")
+        _one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
+        require(self.seed >= 0, where, "seed", "0 or more", self.seed)
+
+    @classmethod
+    def preset(cls, bits: int, /, **settings: Any) -> RetweakConfig:
+        """The best recipe measured for a checkpoint of so many bits, with some settings replaced. Raises ValueError for unknown ones."""
+        tweak = settings.get("tweak", {})
+        if isinstance(tweak, dict):
+            settings["tweak"] = dataclasses.asdict(_default_tweak(bits)) | tweak
+        return _from_dict(cls, settings)
+
+
 def _default_tweak(bits: int) -> TweakConfig:
     # The coarser the codes, the more there is for the norms to make good: measured on SmolLM2-135M at 2 and 4 bits (docs/results.md).
     return TweakConfig(learning_rate=2e-3 if bits == 2 else 3e-4)

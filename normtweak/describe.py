@@ -10,7 +10,7 @@ import torch
 
 from normtweak_kernels import native, which_backend
 
-from . import families, models
+from . import families, formats, models
 from .linear import quantizable_linears
 from .norms import is_norm
 
@@ -51,9 +51,12 @@ def describe(model: str | os.PathLike[str]) -> list[Section]:
     if settings is not None:
         rows: list[tuple[str, str]] = [
             (key, str(settings[key]))
-            for key in ("quant_method", "checkpoint_format", "bits", "group_size", "sym", "desc_act", "lm_head", "dynamic")
+            for key in ("quant_method", "checkpoint_format", "packing_format", "format", "desc_act", "lm_head")
             if key in settings
         ]
+        form = formats.open_format(settings)
+        schemes = Counter(form.scheme(name) for name in models.packed_linears(skeleton, folder, form))
+        rows.append(("packed linears", ", ".join(f"{count} of {scheme}" for scheme, count in schemes.most_common())))
         sections.append(Section("quantization", rows))
     recipe = models.recipe(folder.path)
     if recipe is not None:

@@ -8,8 +8,6 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -19,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import calibration, families, formats, models, norms, quantizers
-from .activations import BlockCalls, Stream, compute_dtype, embed_all
-from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter
-from .config import PolishConfig, QuantizeConfig, check_out_folder, require
+from . import calibration, card, families, formats, models, norms, quantizers
+from .activations import Stream, compute_dtype, embed_all
+from .blocks import BlockReader
+from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter, check_disk
+from .config import PolishConfig, QuantizeConfig, RetweakConfig, check_out_folder, require
 from .linear import PackedLinear, quantizable_linears
 from .loop import BlockReport, quantize_blocks
 from .memory import PeakMemory, release
@@ -73,11 +72,11 @@ def quantize(
         enough = config.polish is None or sequences > 1
         require(enough, "quantize", "polish", "given two sequences or more, as one is held out", sequences)
         if tokens is not None:
-            plan.check_tokens(tokens)
+            plan.check_tokens("quantize", tokens)
         elif config.needs_calibration:
             folder.check_length("quantize", config.calibration.length)
             if config.calibration.source != "generated":
-                tokens = _calibration_tokens(folder, config, progress)
+                tokens = calibration_tokens(folder, config, progress)
         with CheckpointWriter(out, plan.blocks + 1) as writer:
             with stages("check"), progress.task("checking weights", len(folder.weights.names())) as advance:
                 for _ in folder.weights.check_finite():
@@ -86,7 +85,7 @@ def quantize(
                     plan.check_calls()
             if tokens is None and config.needs_calibration:
                 with stages("calibration"):
-                    tokens = _calibration_tokens(folder, config, progress)
+                    tokens = calibration_tokens(folder, config, progress)
             report = Report(out, seconds=stages.seconds)
             with stages("blocks"):
                 report.blocks, stream, float_stream = _run_blocks(plan, tokens, writer, progress)
@@ -96,9 +95,12 @@ def quantize(
                 release()
                 with stages("polish"):
                     report.polish = _polish(plan, config.polish, tokens, float_stream, writer, progress)
-            writer.write_json(RECIPE, _recipe(model, config, tokens, report))
+            report.float_size = plan.float_size
+            recipe = _recipe(model, config, tokens, report) | {"sizes": {"packed": writer.size, "float": plan.float_size}}
+            writer.write_json(RECIPE, recipe)
+            writer.write_text(card.FILE, card.render(recipe, plan.format.settings))
             writer.finish()
-    report.float_size, report.packed_size = plan.float_size, sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    report.packed_size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     report.peak_memory = memory.peak
     return report
 
@@ -120,25 +122,20 @@ class _Stages:
         self.seconds[self._name] = time.perf_counter() - self._began
 
 
-class _Plan:
+class _Plan(BlockReader):
     """What a configuration means for a model; raises ValueError where they don't fit."""
 
     def __init__(self, folder: ModelFolder, config: QuantizeConfig) -> None:
         require(
             folder.quantization is None, "quantize", "model", "a float model", f"one quantized by {(folder.quantization or {}).get('quant_method')}"
         )
-        self.folder = folder
-        self.model = folder.skeleton()
-        self.path = models.present_blocks(self.model)
-        self.modules: nn.ModuleList = self.model.get_submodule(self.path)
-        self.blocks = len(self.modules)
+        super().__init__(folder)
         require(self.blocks > 0, "quantize", "model", "one with at least one block", "none")
         self.stored_dtype = _stored_dtype(folder)
         family = families.find(folder.config)
         self.config = replace(config, skip=(*config.skip, *(family.keep if family else ())))
         linears = [f"{self.path}.{name}" for name in quantizable_linears(self.modules)]
         require(bool(linears), "quantize", self.path, "a list of blocks with nn.Linear modules", "none")
-        self.head = next((name for name, module in self.model.named_modules() if module is self.model.get_output_embeddings()), None)
         if config.lm_head:
             head = self.model.get_submodule(self.head) if self.head else None
             require(isinstance(head, nn.Linear), "quantize", "lm_head", "off for a model without an output head that is an nn.Linear", "on")
@@ -151,7 +148,6 @@ class _Plan:
             k = self.model.get_submodule(name).in_features
             fits = own.group_size == -1 or k % own.group_size == 0
             require(fits, "quantize", "group_size", f"a divisor of {name}'s {k} input features", own.group_size)
-        self.tied = models.tied_names(self.model)
         self.format = formats.open_format(self._quantization())
         self._check_parameters()
 
@@ -196,45 +192,7 @@ class _Plan:
 
     def check_disk(self, out: Path) -> None:
         """Raise ValueError when the folder won't fit on its disk."""
-        needed, free = self.packed_size() + 64 * 2**20, shutil.disk_usage(out.absolute().parent).free
-        require(free >= needed, "quantize", "out", f"on a disk with {needed / 2**20:.0f} MiB free", f"{free / 2**20:.0f} MiB free")
-
-    def check_tokens(self, tokens: Tensor) -> None:
-        """Raise ValueError unless a user's own tokens can be calibrated on."""
-        vocabulary = self.folder.text_config.vocab_size
-        good = tokens.dim() == 2 and tokens.dtype == torch.int64 and tokens.shape[0] >= 1 and tokens.shape[1] >= 2
-        good = good and int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary
-        wanted = f"int64 [samples, length of 2 or more] of ids below {vocabulary}"
-        require(good, "quantize", "tokens", wanted, f"{tokens.dtype} {tuple(tokens.shape)}")
-        self.folder.check_length("quantize", tokens.shape[1])
-
-    def check_calls(self) -> None:
-        """Raise ValueError when the model calls its blocks in a way that the loop can't repeat."""
-        with self.entrance() as calls:
-            calls.embed(torch.zeros(1, 4, dtype=torch.int64))
-            calls.embed(torch.ones(1, 4, dtype=torch.int64))
-
-    @contextmanager
-    def entrance(self) -> Iterator[BlockCalls]:
-        """What comes before the first block, in float32, while open."""
-        self.folder.weights.fill(self.model, skip=(f"{self.path}.", *self.tied, *([f"{self.head}."] if self.head else [])))
-        blocks = set(self.modules.modules())
-        outside = [m for m in self.model.modules() if m not in blocks and any(not p.is_meta for p in m.parameters(recurse=False))]
-        for module in outside:
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.float()
-        try:
-            yield BlockCalls(self.model, self.modules)
-        finally:
-            for module in outside:
-                for name, parameter in list(module.named_parameters(recurse=False)):
-                    setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-
-    def open_block(self, index: int) -> nn.Module:
-        """Block `index` with its float weights, float32."""
-        block = self.modules[index]
-        self.folder.weights.fill(block, f"{self.path}.{index}.")
-        return block.float().requires_grad_(False)
+        check_disk("quantize", out, self.packed_size())
 
     def open_head(self) -> nn.Linear:
         """The output head with its float weights, float32; a tied one's are the embedding's."""
@@ -269,7 +227,9 @@ def _stored_dtype(folder: ModelFolder) -> torch.dtype:
     return folder.config.dtype if folder.config.dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
-def _calibration_tokens(folder: ModelFolder, config: QuantizeConfig, progress: Progress) -> Tensor:
+def calibration_tokens(folder: ModelFolder, config: QuantizeConfig | RetweakConfig, progress: Progress) -> Tensor:
+    """The text that `config.calibration` names, int64 [samples, length]; where the model writes it itself, all of its weights are loaded for that."""
+
     def load_model() -> Any:
         return models.load(folder.path, dtype=compute_dtype(config.compute_dtype))
 

@@ -48,11 +48,12 @@ def polish(
     dtype: torch.dtype,
     seed: int = 0,
     progress: Progress,
+    float_values: dict[str, Tensor] | None = None,
 ) -> tuple[PolishReport, dict[str, Tensor]]:
     """Polish the norms of a packed causal model in place.
 
     blocks: the model's list of decoder blocks. tokens: int64 [S, L]. float_hidden: the float model's last block output for them, float32 [S, L, H].
-    dtype: of matrix products. Memory: the packed model, and of one sequence the activations that enter each block, one block's own, and two sets of
+    float_values: norm parameters that the float model has behind its blocks; None where the packed model begins with the same. dtype: of matrix products. Memory: the packed model, and of one sequence the activations that enter each block, one block's own, and two sets of
     logits. Returns the report and the norm parameters by name, float32: changed ones, or the old where held-out text got no better.
     Raises ValueError when the loss isn't finite.
     """
@@ -60,7 +61,7 @@ def polish(
     start = {p.name: p.start for p in parameters}
     model.requires_grad_(False)
     own = {p.name: model.get_parameter(p.name).requires_grad_() for p in parameters}
-    objective = _Objective(model, blocks, tokens, float_hidden, start, dtype)
+    objective = _Objective(model, blocks, tokens, float_hidden, start | (float_values or {}), dtype)
     trained, held_out = split_rows(len(tokens), config.held_out)
     adam = torch.optim.Adam([p.master for p in parameters], lr=config.learning_rate)
     steps = config.iterations * -(-len(trained) // config.batch_size)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from normtweak_kernels import gpu, packing
+from normtweak_kernels import gpu
 
-from . import models
+from . import formats, models
 from .config import require
 
 # Linears of a 7B and an 8B model (attention, gate and up, down projections) at 4 bits in groups of 128, for a call without a model.
@@ -17,20 +17,14 @@ DEFAULT_SHAPES = [(4096, 4096, 4, 32, True), (1024, 4096, 4, 32, True), (14336, 
 
 
 def shapes(model: str | os.PathLike[str]) -> list[tuple[int, int, int, int, bool]]:
-    """(N, K, bits, groups, symmetric) of a GPTQ checkpoint's packed linears, each once, from its headers alone."""
+    """(N, K, bits, groups, symmetric) of a packed checkpoint's linears, each once, from its headers and configuration alone."""
     folder = models.ModelFolder(models.resolve(model))
-    settings = folder.quantization or {}
-    bits, symmetric = settings.get("bits"), bool(settings.get("sym"))
-    require(bits in packing.BITS, "bench", "model", "a packed GPTQ checkpoint of 2, 3, 4 or 8 bits", str(model))
-    assert isinstance(bits, int)
-    weights, found = folder.weights, set()
-    for name in weights.names():
-        if name.endswith(".qweight"):
-            prefix = name.removesuffix("qweight")
-            groups, n = weights.shape(prefix + "scales")
-            (k,) = weights.shape(prefix + "g_idx")
-            found.add((n, k, bits, groups, symmetric))
-    require(bool(found), "bench", "model", "a checkpoint with packed linears (qweight tensors)", str(model))
+    require(folder.quantization is not None, "bench", "model", "a packed checkpoint", str(model))
+    form = formats.open_format(folder.quantization or {})
+    found = set()
+    for name, (linear, _) in models.packed_linears(folder.skeleton(), folder, form).items():
+        if (scheme := form.scheme(name)) is not None:
+            found.add((linear.out_features, linear.in_features, scheme.bits, scheme.groups(linear.in_features), scheme.symmetric))
     return sorted(found)
 
 

@@ -3,6 +3,7 @@
 import string
 
 import torch
+from safetensors.torch import load_file, save_file
 
 
 def make_tokenizer(folder):
@@ -39,3 +40,29 @@ def make_model(folder, model_type="llama", dtype=torch.float32, **settings):
                 parameter.mul_(4.0 if "embed" in name else 2.0)
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+def make_packed(folder, out, **settings):
+    """A checkpoint quantized without calibration: 4 bits in groups of 32, settings of QuantizeConfig aside."""
+    import normtweak
+
+    settings = {"bits": 4, "group_size": 32, "method": "rtn", "tweak": None} | settings
+    normtweak.quantize(folder, out=out, config=normtweak.QuantizeConfig.from_dict(settings))
+    return out
+
+
+def tensors_of(folder):
+    """All tensors of a folder by name."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def edit(folder, name, change):
+    """Replace a tensor of a checkpoint by what `change` makes of it."""
+    file = next(file for file in folder.glob("*.safetensors") if name in load_file(file))
+    tensors = load_file(file)
+    save_file(tensors | {name: change(tensors[name])}, file, {"format": "pt"})
+
+
+def scattered(folder):
+    """A checkpoint with a linear whose act-order groups are its own, as desc_act gives them."""
+    edit(folder, "model.layers.0.mlp.up_proj.g_idx", lambda g_idx: torch.randperm(64, dtype=torch.int32) // 32)

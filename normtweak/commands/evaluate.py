@@ -36,17 +36,21 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="So many items of each task at most.", min=1, show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="Of matrix products: auto, float32 or bfloat16.")] = "auto",
     activations: Activations = "auto",
+    card: Annotated[bool, typer.Option("--card", help="Also note the texts' scores in MODEL's model card, a folder that normtweak wrote.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores here.", show_default=False)] = None,
 ) -> None:
     """Perplexity of MODEL and how far it is from a second one; tasks with standard errors, and paired differences with 95 % intervals."""
     from .. import models
     from ..activations import compute_dtype
+    from ..card import add_scores, check_has_card
     from ..checkpoint import check_parent, write_json
     from ..evaluate import PYTHON_DOCS, Suite, read_text, score, text_windows
 
     precision = compute_dtype(dtype)
     if json_file is not None:
         check_parent(json_file)
+    if card:
+        check_has_card(Path(model))
     suite = Suite.read(lambada or [], choice or [], tasks.split(",") if tasks else [], limit)
     texts = {name: read_text(name) for name in text or ([] if suite else [PYTHON_DOCS])}
     folder = models.ModelFolder(models.resolve(model))
@@ -70,6 +74,8 @@ def evaluate(
         console.print(table)
     if rows:
         console.print(_task_table(rows, against is not None))
+    if card:
+        add_scores(Path(model), {name: asdict(s) for name, s in scores.items()}, against)
     if json_file is not None:
         settings = {"model": model, "against": against, "windows": windows, "length": length, "dtype": str(precision).removeprefix("torch.")}
         settings |= {"activations": activations, "limit": limit}

@@ -50,7 +50,7 @@ def quantize(
     from .. import pipeline
     from ..config import ModuleOverride, QuantizeConfig
 
-    settings = _read_settings(config)
+    settings = read_settings("quantize", config)
     given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "method": method, "format": form, "seed": seed}
     settings |= {key: value for key, value in given.items() if value is not None}
     if module:
@@ -59,9 +59,7 @@ def quantize(
         settings["skip"] = skip
     if lm_head:
         settings["lm_head"] = True
-    text = {key: value for key, value in {"source": calibration, "samples": samples, "length": length}.items() if value is not None}
-    if text:
-        settings["calibration"] = {**settings["calibration"], **text} if isinstance(settings.get("calibration"), dict) else text
+    settings |= calibration_settings(settings, calibration, samples, length)
     if no_tweak:
         settings["tweak"] = None
     if no_tweak or no_polish:
@@ -76,15 +74,23 @@ def quantize(
     )
 
 
-def _read_settings(path: Path | None) -> dict[str, Any]:
+def calibration_settings(settings: dict[str, Any], source: str | None, samples: int | None, length: int | None) -> dict[str, Any]:
+    """The `calibration` table of a configuration file's settings with the options that were given; nothing when none was."""
+    text = {key: value for key, value in {"source": source, "samples": samples, "length": length}.items() if value is not None}
+    known = settings.get("calibration")
+    return {"calibration": {**known, **text} if isinstance(known, dict) else text} if text else {}
+
+
+def read_settings(where: str, path: Path | None) -> dict[str, Any]:
+    """What a JSON configuration file holds, nothing for None. Raises ValueError in one line for anything but a JSON object."""
     if path is None:
         return {}
     try:
         settings = json.loads(path.read_text(encoding="utf8"))
     except OSError as error:
-        raise ValueError(f"quantize: config must be a JSON file, got {path} ({error.strerror})") from None
+        raise ValueError(f"{where}: config must be a JSON file, got {path} ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"quantize: config must be a JSON file, got {path}: {error}") from error
+        raise ValueError(f"{where}: config must be a JSON file, got {path}: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"quantize: config must be a JSON object, got {type(settings).__name__}")
+        raise ValueError(f"{where}: config must be a JSON object, got {type(settings).__name__}")
     return settings

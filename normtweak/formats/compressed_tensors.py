@@ -27,7 +27,7 @@ _METHOD = "compressed-tensors"
 class CompressedTensors:
     """See `formats.Format`."""
 
-    leaves = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+    leaves: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
     codes = "weight_packed"
 
     def __init__(self, settings: Mapping[str, Any]) -> None:

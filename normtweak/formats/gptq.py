@@ -24,7 +24,7 @@ from .scheme import Scheme, commonest, patterns
 class GPTQ:
     """See `formats.Format`."""
 
-    leaves = ("qweight", "qzeros", "scales", "g_idx")
+    leaves: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
     codes = "qweight"
 
     def __init__(self, settings: Mapping[str, Any]) -> None:

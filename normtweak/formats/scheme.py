@@ -23,6 +23,10 @@ class Scheme:
         require(type(self.bits) is int and self.bits in BITS, "load", "bits", "one of 2, 3, 4, 8", self.bits)
         require(type(self.group_size) is int and (self.group_size == -1 or self.group_size >= 1), "load", "group_size", "-1 or more", self.group_size)
 
+    def __str__(self) -> str:
+        groups = "per channel" if self.group_size == -1 else f"in groups of {self.group_size}"
+        return f"{self.bits} bits {groups}, {'symmetric' if self.symmetric else 'asymmetric'}"
+
     @classmethod
     def of(cls, linear: PackedLinear) -> Scheme:
         """That of a packed linear."""

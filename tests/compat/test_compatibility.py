@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from answers import NEW_TOKENS, answers
 
 import normtweak
+from answers import NEW_TOKENS, answers
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 

@@ -1,0 +1,43 @@
+"""`normtweak tweak`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..terminal import TerminalProgress, console
+from .quantize import calibration_settings, read_settings
+
+
+def tweak(
+    quantized: Annotated[
+        str, typer.Argument(metavar="QUANTIZED", help="Packed checkpoint: GPTQ, AutoRound or compressed-tensors.", show_default=False)
+    ],
+    float_model: Annotated[str, typer.Option("--float", metavar="MODEL", help="What it was quantized from.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="New folder for the better checkpoint.", show_default=False)],
+    no_polish: Annotated[bool, typer.Option("--no-polish", help="Tweak block by block alone.")] = False,
+    polish_only: Annotated[bool, typer.Option("--polish-only", help="Polish all norms together, without the tweak block by block.")] = False,
+    calibration: Annotated[
+        str | None, typer.Option(help="generated (by the float model), random, or a UTF-8 text FILE.txt.", show_default="generated")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed writes the same bytes.", show_default="0")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON file of RetweakConfig settings; options given here win.", show_default=False)] = None,
+) -> None:
+    """Improve a packed checkpoint by its norms alone; its codes, every other tensor and file, and its format stay as they are."""
+    from .. import retweak
+
+    settings = read_settings("tweak", config) | ({} if seed is None else {"seed": seed})
+    settings |= calibration_settings(settings, calibration, samples, length)
+    settings |= ({"polish": None} if no_polish else {}) | ({"tweak": None} if polish_only else {})
+    chosen = retweak.preset_for(quantized, **settings)
+    report = retweak.tweak(quantized, float_model=float_model, out=out, config=chosen, progress=TerminalProgress())
+    if report.polish:
+        console.print(f"polish: {report.polish}", highlight=False)
+    console.print(
+        f"{report.out}: {len(report.changed)} norm tensors changed, {report.seconds:.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB above the start",
+        highlight=False,
+    )
