@@ -116,6 +116,14 @@ def test_other_peoples_checkpoints_stay_with_their_loaders_unless_asked_for(smal
     assert saved == config["quantization_config"]
 
 
+def test_blocks_may_be_offloaded_but_not_their_codes(packed, tmp_path):
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    settings = {"device_map": places | {"lm_head": "cpu"}, "offload_folder": str(tmp_path)}
+    assert same(from_pretrained(packed, **settings), normtweak.load(packed))
+    with pytest.raises(ValueError, match="from_pretrained: offload_buffers must be off for packed linears, got on"):
+        from_pretrained(packed, offload_buffers=True, **settings)
+
+
 def test_a_damaged_checkpoint_is_named(packed, tmp_path):
     folder = tmp_path / "damaged"
     folder.mkdir()

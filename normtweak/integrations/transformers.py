@@ -117,11 +117,7 @@ class NormTweakQuantizer(HfQuantizer):
 
         known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
         require(type(model) is known, "from_pretrained", "model", "a causal language model, to be quantized on the spot", type(model).__name__)
-        devices = set(device_map.values()) if isinstance(device_map, dict) else set()
-        one = len(devices) <= 1 and "disk" not in devices
-        require(
-            one, "from_pretrained", "device_map", "one device while a model is quantized on the spot (save it, then load it on several)", device_map
-        )
+        _check_one_device(device_map)
         recipe = self.quantization_config.recipe
         if recipe.method == "rtn" and recipe.bits < 4:
             logger.warning("rounding to the nearest of %d bits ruins most models: NormTweakConfig(..., method='gptq') looks at text", recipe.bits)
@@ -146,6 +142,7 @@ class NormTweakQuantizer(HfQuantizer):
 
             # It comes to lie beside the weights that transformers downloaded, of the same revision.
             AutoTokenizer.from_pretrained(model.name_or_path, revision=model.config._commit_hash)
+        _check_one_device(getattr(model, "hf_device_map", None))  # what "auto" came to
         dtype, device = model.dtype, model.device
         for name, _ in list(model.named_children()):
             setattr(model, name, nn.Identity())  # so that there are never two float models in memory
@@ -157,8 +154,7 @@ class NormTweakQuantizer(HfQuantizer):
         for name, module in packed.named_children():
             setattr(model, name, module)
         model.config.tie_word_embeddings = packed.config.tie_word_embeddings
-        model.config.quantization_config = self.quantization_config = packed.hf_quantizer.quantization_config
-        self.pre_quantized = True
+        model.hf_quantizer, model.config.quantization_config = packed.hf_quantizer, packed.hf_quantizer.quantization_config
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Without the steps that merge experts into tensors that the packed model hasn't."""
@@ -210,6 +206,12 @@ class _StoredLinear(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """By their names."""
         return dict(self.named_buffers())
+
+
+def _check_one_device(device_map: Any) -> None:
+    devices = set(device_map.values()) if isinstance(device_map, dict) else set()
+    one = len(devices) <= 1 and "disk" not in devices
+    require(one, "from_pretrained", "device_map", "one device while a model is quantized on the spot (save it, then load it on several)", device_map)
 
 
 def _written_here(stored: Any) -> bool:
