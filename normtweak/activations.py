@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .config import require
 
+CPU = torch.device("cpu")
+
 
 class BlockCalls:
     """The arguments (masks, positions, rotary embeddings) that a model gives each block beside the hidden states, for each batch size.
@@ -23,6 +25,7 @@ class BlockCalls:
         self._model, self._blocks = model, blocks
         self._as_tuple = False
         self._calls: dict[int, list[Call]] = {}
+        self._placed: dict[tuple[int, torch.device], list[Call]] = {}
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
@@ -95,13 +98,26 @@ class BlockCalls:
             for block in self._blocks:
                 del block.forward
 
-    def of(self, index: int, batch: int) -> Call:
-        """The arguments of block `index` for a batch of `batch` sequences, seen by `embed` before."""
-        return self._calls[batch][index]
+    def of(self, index: int, batch: int, device: torch.device) -> Call:
+        """The arguments of block `index` for a batch of `batch` sequences, seen by `embed` before, on a device."""
+        key = batch, device
+        if key not in self._placed:
+            # blocks share most of their tensors, which are moved once
+            moved: dict[int, Tensor] = {}
+            self._placed[key] = [_placed(call, device, moved) for call in self._calls[batch]]
+        return self._placed[key][index]
 
 
 # Positional arguments after the hidden states, and named ones.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _placed(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return moved.setdefault(id(value), value.to(device))
+    if isinstance(value, list | tuple):
+        return type(value)(_placed(item, device, moved) for item in value)
+    return {key: _placed(item, device, moved) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -123,11 +139,14 @@ class _TupleWanted(Exception):
 
 
 class Stream:
-    """The hidden states of all sequences at one depth, float32 [S, L, H], and how to send them through a block."""
+    """The hidden states of all sequences at one depth, float32 [S, L, H], and how to send them through a block.
 
-    def __init__(self, hidden: Tensor, calls: BlockCalls, batch_size: int, compute_dtype: torch.dtype) -> None:
+    They stay where they are, in the host's memory; what a block is given and gives lies on `device`, where the blocks are.
+    """
+
+    def __init__(self, hidden: Tensor, calls: BlockCalls, batch_size: int, compute_dtype: torch.dtype, device: torch.device = CPU) -> None:
         self.hidden, self._calls = hidden, calls
-        self.batch_size, self.compute_dtype = batch_size, compute_dtype
+        self.batch_size, self.compute_dtype, self.device = batch_size, compute_dtype, device
 
     def starts(self) -> Iterator[slice]:
         """The sequences of each batch."""
@@ -135,21 +154,59 @@ class Stream:
             yield slice(start, min(start + self.batch_size, len(self.hidden)))
 
     def call(self, block: Callable[..., Any], index: int, rows: slice | Tensor) -> Tensor:
-        """Output [B, L, H] float32 of a block for some of the sequences; differentiable in the block's parameters."""
-        hidden = self.hidden[rows]
-        with computing(hidden.device.type, self.compute_dtype):
-            args, named = self._calls.of(index, len(hidden))
+        """Output [B, L, H] float32 of a block for some of the sequences, on the block's device; differentiable in the block's parameters."""
+        hidden = self.hidden[rows].to(self.device)
+        with computing(self.device.type, self.compute_dtype):
+            args, named = self._calls.of(index, len(hidden), self.device)
             output = block(hidden, *args, **named)
         return (output[0] if isinstance(output, tuple | list) else output).float()
 
     @torch.no_grad()
     def through(self, block: nn.Module, index: int) -> Tensor:
         """Output [S, L, H] of a block for every sequence."""
-        return torch.cat([self.call(block, index, rows) for rows in self.starts()])
+        return torch.cat([self.call(block, index, rows).to(self.hidden.device) for rows in self.starts()])
 
     def moved(self, hidden: Tensor) -> Stream:
         """The stream one block further."""
-        return Stream(hidden, self._calls, self.batch_size, self.compute_dtype)
+        return Stream(hidden, self._calls, self.batch_size, self.compute_dtype, self.device)
+
+
+class Passes:
+    """Calls that send the calibration text through a block that is being quantized, while whoever quantizes it watches.
+
+    A pass is through the block as it stands. The first of each stream is to be through its float weights: its output is kept.
+    """
+
+    def __init__(self, block: nn.Module, index: int, stream: Stream | None, float_stream: Stream | None) -> None:
+        self._block, self._index = block, index
+        self._streams = {"quantized": stream, "float": float_stream}
+        self._outputs: dict[str, Tensor] = {}
+
+    @property
+    def has_float(self) -> bool:
+        """Whether the float model's own activations are kept."""
+        return self._streams["float"] is not None
+
+    def __call__(self) -> None:
+        """Send what the quantized blocks before gave."""
+        self._send("quantized")
+
+    def of_float(self) -> None:
+        """Send the float model's own activations."""
+        self._send("float")
+
+    def output(self, name: str) -> Tensor:
+        """What the float block makes [S, L, H] of the stream "quantized" or "float"."""
+        if name not in self._outputs:
+            self._send(name)
+        return self._outputs[name]
+
+    def _send(self, name: str) -> None:
+        stream = self._streams[name]
+        if stream is None:
+            raise ValueError("quantize: this method must be given calibration text, got none")
+        output = stream.through(self._block, self._index)
+        self._outputs.setdefault(name, output)
 
 
 @contextmanager
@@ -159,11 +216,23 @@ def computing(device: str, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def compute_dtype(name: str) -> torch.dtype:
-    """The dtype that "auto", "float32" or "bfloat16" stands for here: auto is bfloat16 where the processor multiplies it natively."""
+def device_of(name: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "cuda:N" stands for here: auto is a GPU where there is one. Raises ValueError for one that isn't there."""
+    known = name in ("auto", "cpu", "cuda") or (name.startswith("cuda:") and name[5:].isdigit())
+    require(known, "device", "name", "auto, cpu, cuda or cuda:N", name)
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda", 0) if count else CPU
+    device = torch.device(name)
+    require(device.type == "cpu" or (device.index or 0) < count, "device", "name", f"one of this machine's {count} GPUs, or cpu", name)
+    return device
+
+
+def compute_dtype(name: str, device: torch.device = CPU) -> torch.dtype:
+    """The dtype that "auto", "float32" or "bfloat16" stands for on a device: auto is bfloat16 where that is multiplied natively."""
     require(name in ("auto", "float32", "bfloat16"), "compute_dtype", "name", "auto, float32 or bfloat16", name)
     if name == "auto":
-        native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if native else torch.float32
     return torch.float32 if name == "float32" else torch.bfloat16
 

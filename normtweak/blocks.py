@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from . import formats, models
-from .activations import BlockCalls
+from .activations import CPU, BlockCalls
 from .config import require
 from .linear import PackedLinear, replace
 from .models import ModelFolder
 
 
 class BlockReader:
-    """The skeleton of a folder's model; its blocks, and what comes before them, with weights while they are needed."""
+    """The skeleton of a folder's model; its blocks, on a device, and what comes before them, in the host's memory, with weights while they are needed."""
 
-    def __init__(self, folder: ModelFolder) -> None:
-        self.folder = folder
+    def __init__(self, folder: ModelFolder, device: torch.device = CPU) -> None:
+        self.folder, self.device = folder, device
         self.model = folder.skeleton()
         self.path = models.present_blocks(self.model)
         self.modules: nn.ModuleList = self.model.get_submodule(self.path)
@@ -62,15 +62,15 @@ class BlockReader:
         """Block `index` with its weights, those in floating point float32."""
         block = self.modules[index]
         self.folder.weights.fill(block, f"{self.path}.{index}.")
-        return block.float().requires_grad_(False)
+        return block.float().to(self.device).requires_grad_(False)
 
 
 class PackedReader(BlockReader):
     """The blocks of a packed checkpoint, with PackedLinear modules."""
 
-    def __init__(self, folder: ModelFolder) -> None:
+    def __init__(self, folder: ModelFolder, device: torch.device = CPU) -> None:
         """Raises ValueError for a folder that isn't packed, or whose packed tensors don't fit together; reads all but the codes."""
-        super().__init__(folder)
+        super().__init__(folder, device)
         require(folder.quantization is not None, "load", str(folder.path), "a packed checkpoint", "a float model")
         self.format = formats.open_format(folder.quantization or {})
         self.linears = models.packed_linears(self.model, folder, self.format)

@@ -104,7 +104,7 @@ def _calibrated(config: Mapping[str, Any]) -> str:
 def _norms(config: Mapping[str, Any]) -> list[str]:
     lines = []
     if tweak := config.get("tweak"):
-        lines.append(f"- norm tweaking (arXiv 2309.02784) block by block: loss {tweak['loss']}, learning rate {tweak['learning_rate']}")
+        lines.append(f"- norm tweaking (arXiv 2309.02784) block by block: loss {tweak['loss']}, learning rate {tweak['learning_rate'] or 'searched'}")
     if config.get("polish"):
         lines.append("- all norms polished together against the float model's next-token distribution")
     return lines

@@ -58,7 +58,8 @@ class TweakConfig:
     target_stream: what the float block is fed to get the target: "quantized" (Algorithm 1: the tweaked quantized output of the block before) or
     "float" (the float model's own activations).
     step: "relative" (gain = gain0 * (1 + delta), Adam moves delta) or "absolute" (Adam moves the parameter).
-    learning_rate, depth_scale: eq. 3, lr_i = learning_rate * (1 + depth_scale * i / L) for block i of L.
+    learning_rate, depth_scale: eq. 3, lr_i = learning_rate * (1 + depth_scale * i / L) for block i of L. None for the learning rate: each block
+    tries several and keeps the one, or none, that its held-out sequences like best.
     schedule: how the rate goes on within a block: "constant", or "linear" down to 0.
     iterations: passes over the calibration text. batch_size: sequences a step.
     skip_first_token: leave position 0, where models keep a massive activation, out of the loss.
@@ -69,7 +70,7 @@ class TweakConfig:
     loss: str = "token_mse"
     target_stream: str = "float"
     step: str = "relative"
-    learning_rate: float = 3e-4
+    learning_rate: float | None = 3e-4
     depth_scale: float = 0.0
     schedule: str = "linear"
     iterations: int = 1
@@ -83,12 +84,19 @@ class TweakConfig:
         _one_of(where, "loss", self.loss, ("channel", "channel_squared", "token_mse", "mse", "kl"))
         _one_of(where, "target_stream", self.target_stream, ("float", "quantized"))
         _one_of(where, "step", self.step, ("relative", "absolute"))
-        require(0 < self.learning_rate < 1, where, "learning_rate", "between 0 and 1", self.learning_rate)
+        _check_rate(where, self.learning_rate)
+        require(self.learning_rate is not None or self.held_out > 0, where, "held_out", "above 0 to find a learning rate", self.held_out)
         require(self.depth_scale >= 0, where, "depth_scale", "0 or more", self.depth_scale)
         _one_of(where, "schedule", self.schedule, ("constant", "linear"))
         require(0 <= self.held_out <= 0.5, where, "held_out", "0 to 0.5", self.held_out)
         require(self.iterations >= 1, where, "iterations", "1 or more", self.iterations)
         require(self.batch_size >= 1, where, "batch_size", "1 or more", self.batch_size)
+
+    def learning_rates(self) -> tuple[float, ...]:
+        """What to try, in rising order: the one that is given, else a grid for the kind of step."""
+        if self.learning_rate is not None:
+            return (self.learning_rate,)
+        return (3e-4, 1e-3, 3e-3, 1e-2) if self.step == "relative" else (1e-6, 1e-5, 1e-4, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,10 @@ def _check_pattern(where: str, argument: str, pattern: str) -> None:
     require(bool(pattern), where, argument, "a regular expression", "an empty one")
 
 
+def _check_rate(where: str, rate: float | None) -> None:
+    require(rate is None or 0 < rate < 1, where, "learning_rate", "between 0 and 1, or None to try several", rate)
+
+
 def _check_group_size(where: str, group_size: int) -> None:
     require(group_size == -1 or group_size >= 1, where, "group_size", "-1 (per channel) or 1 or more", group_size)
 
@@ -136,19 +148,19 @@ def _check_group_size(where: str, group_size: int) -> None:
 class PolishConfig:
     """How all norms of the packed model are polished together after the last block (polish.py; an extension of the paper).
 
-    learning_rate: of Adam on relative steps, gain = gain0 * (1 + delta), falling linearly to 0. iterations: passes over the calibration text.
+    learning_rate: of Adam on relative steps, gain = gain0 * (1 + delta), falling linearly to 0; None tries several on a part of the text. iterations: passes over the calibration text.
     batch_size: sequences a step. held_out: share of the sequences, at least one, that is not trained on: unless the divergence from the float
     model falls on them, the norms are left as they were.
     """
 
-    learning_rate: float = 5e-3
+    learning_rate: float | None = 5e-3
     iterations: int = 1
     batch_size: int = 2
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
         where = "PolishConfig"
-        require(0 < self.learning_rate < 1, where, "learning_rate", "between 0 and 1", self.learning_rate)
+        _check_rate(where, self.learning_rate)
         require(self.iterations >= 1, where, "iterations", "1 or more", self.iterations)
         require(self.batch_size >= 1, where, "batch_size", "1 or more", self.batch_size)
         require(0 < self.held_out <= 0.5, where, "held_out", "above 0 and up to 0.5", self.held_out)
@@ -162,7 +174,9 @@ class QuantizeConfig:
     method: "gptq" or "rtn". damp_percent: fraction of the Hessian's mean diagonal that is added to it. act_order: quantize the columns
     with the largest Hessian diagonal first (groups stay where they are: static groups). block_size: columns per GPTQ block, where
     the solve goes by blocks of one width (on a CPU with native kernels it doesn't).
-    clip_steps: candidates of the clip search, 0 for plain min-max ranges.
+    clip_steps: candidates of the clip search, 0 for plain min-max ranges. sequential: a block's linears are quantized in the order of their calls, each
+    on the inputs that the ones before it give when quantized. correction: share, 0 to 1, of what those inputs lack of the float model's own that is made
+    good: W + share * W D H^-1 is quantized for W, D = (F - X)^T X for inputs F in the float model and X here (the target of GPTAQ, arXiv 2504.02692).
     overrides: other bits and group sizes for some linears; the first whose pattern is found in a linear's path counts. skip: patterns of linears
     that stay as they are, which counts before any override. lm_head: quantize the output head too.
     tweak: how each block's norms are tweaked, or None to leave them. polish: how all norms are polished at the end, or
@@ -178,6 +192,8 @@ class QuantizeConfig:
     act_order: bool = True
     block_size: int = 128
     clip_steps: int = 24
+    sequential: bool = True
+    correction: float = 0.5
     overrides: tuple[ModuleOverride, ...] = ()
     skip: tuple[str, ...] = ()
     lm_head: bool = False
@@ -203,6 +219,7 @@ class QuantizeConfig:
         require(
             held, where, "format", "auto, gptq_v2 or compressed-tensors for asymmetric codes (gptq, version 1, has no zero point of 0)", self.format
         )
+        require(0 <= self.correction <= 1, where, "correction", "0 to 1", self.correction)
         _one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
         require(self.seed >= 0, where, "seed", "0 or more", self.seed)
 
@@ -218,7 +235,9 @@ class QuantizeConfig:
             bits = settings.get("bits", cls.bits)
             settings["tweak"] = dataclasses.asdict(TWEAK_PRESETS[name](bits)) | tweak
         if name == "default" and settings.get("tweak", tweak) is not None:
-            settings.setdefault("polish", PolishConfig())
+            polish = settings.get("polish", {})
+            if isinstance(polish, dict):
+                settings["polish"] = dataclasses.asdict(_default_polish(settings.get("bits", cls.bits))) | polish
         return cls.from_dict(settings)
 
     @classmethod
@@ -250,6 +269,12 @@ class QuantizeConfig:
         """Whether any text is looked at."""
         return self.method != "rtn" or self.tweak is not None or self.polish is not None
 
+    @property
+    def needs_float_stream(self) -> bool:
+        """Whether the float model's own activations are looked at."""
+        tweaked = self.tweak is not None and self.tweak.target_stream == "float"
+        return self.polish is not None or tweaked or (self.method == "gptq" and self.correction > 0)
+
 
 @dataclass(frozen=True)
 class RetweakConfig:
@@ -279,6 +304,11 @@ class RetweakConfig:
 def _default_tweak(bits: int) -> TweakConfig:
     # The coarser the codes, the more there is for the norms to make good: measured on SmolLM2-135M at 2 and 4 bits (docs/results.md).
     return TweakConfig(learning_rate=2e-3 if bits == 2 else 3e-4)
+
+
+def _default_polish(bits: int) -> PolishConfig:
+    # docs/experiments.md
+    return PolishConfig(learning_rate=1e-2 if bits == 2 else 5e-3)
 
 
 def _paper_tweak(bits: int) -> TweakConfig:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import losses, norms, quantizers
-from .activations import Stream, split_rows
+from .activations import Passes, Stream, split_rows
 from .config import QuantizeConfig, TweakConfig
 from .linear import PackedLinear, quantizable_linears, replace
 from .progress import Progress
@@ -35,17 +35,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What happened to one block. loss_before, loss_after: the tweak's loss on held-out calibration text (None without a tweak)."""
+    """What happened to one block: the tweak's loss on held-out calibration text and its learning rate, 0 where the norms were left (None without a tweak)."""
 
     index: int
     seconds: float
-    loss_before: float | None
-    loss_after: float | None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    rate: float | None = None
 
     def __str__(self) -> str:
         if self.loss_before is None or self.loss_after is None:
             return f"block {self.index}: quantized in {self.seconds:.1f} s"
-        return f"block {self.index}: loss {self.loss_before:.4g} -> {self.loss_after:.4g} in {self.seconds:.1f} s"
+        return f"block {self.index}: loss {self.loss_before:.4g} -> {self.loss_after:.4g} at rate {self.rate:g} in {self.seconds:.1f} s"
 
 
 def quantize_blocks(
@@ -66,8 +67,8 @@ def quantize_blocks(
     """
     quantizer = quantizers.find(config.method)
     tweak = config.tweak
-    # The float model's own activations, kept beside the quantized ones when they are the target.
-    float_stream = stream if config.polish or (tweak and tweak.target_stream == "float") else None
+    # The float model's own activations, kept beside the quantized ones when they are a target.
+    float_stream = stream if config.needs_float_stream else None
     reports = []
     with progress.task("quantizing", count) as advance:
         for index in range(count):
@@ -78,18 +79,13 @@ def quantize_blocks(
             if not linears:
                 raise ValueError(f"quantize: block {index} must hold nn.Linear modules, got {type(block).__name__} without one")
 
-            # 8: the float output, of the float stream or (Algorithm 1) of the quantized one
-            target: Tensor | None = None
-            if float_stream is not None:
-                target = float_stream.through(block, index)
-                float_stream = float_stream.moved(target)
-
-            # 9: quantize; the quantizer's look at the activations is a pass of the quantized stream through the float block
-            seen: list[Tensor] = []
+            # 8, 9: quantize; the float output, of the float stream or (Algorithm 1) of the quantized one, is a pass that the quantizer looks at too
+            run = Passes(block, index, stream, float_stream)
             with torch.no_grad():
-                weights = quantizer.quantize_block(linears, pass_through(block, index, stream, seen), config)
-            if tweak and stream and tweak.target_stream == "quantized":
-                target = seen[0] if seen else stream.through(block, index)
+                weights = quantizer.quantize_block(linears, run, config)
+            target = run.output(tweak.target_stream) if tweak else None
+            if float_stream is not None:
+                float_stream = float_stream.moved(run.output("float"))
 
             # 10: freeze
             for name, weight in weights.items():
@@ -97,61 +93,66 @@ def quantize_blocks(
             block.requires_grad_(False)
 
             # 11-16: tweak; 17: the tweaked quantized output goes on
-            before = after = None
+            tweaked: tuple[float, float, float] | tuple[()] = ()
             if stream is not None:
                 if tweak and target is not None:
-                    before, after = tweak_block(block, index, count, stream, target, tweak, config.seed)
+                    tweaked = tweak_block(block, index, count, stream, target, tweak, config.seed)
                 stream = stream.moved(stream.through(block, index))
             close_block(index, block)
-            reports.append(BlockReport(index, time.perf_counter() - began, before, after))
+            reports.append(BlockReport(index, time.perf_counter() - began, *tweaked))
             advance(str(reports[-1]))
     return reports, stream, float_stream
 
 
-def pass_through(block: nn.Module, index: int, stream: Stream | None, seen: list[Tensor]) -> Callable[[], None]:
-    """A call that sends the stream through the block and keeps the output in `seen`."""
+def tweak_block(
+    block: nn.Module, index: int, count: int, stream: Stream, target: Tensor, config: TweakConfig, seed: int
+) -> tuple[float, float, float]:
+    """Lines 11-16: the norm parameters of a frozen block are replaced by what Adam found, at the rate whose loss on the held-out sequences is least.
 
-    def run() -> None:
-        if stream is None:
-            raise ValueError("quantize: this method must be given calibration text, got none")
-        seen.append(stream.through(block, index))
-
-    return run
-
-
-def tweak_block(block: nn.Module, index: int, count: int, stream: Stream, target: Tensor, config: TweakConfig, seed: int) -> tuple[float, float]:
-    """Lines 11-16: Adam on the norm parameters of a frozen block, which are replaced by what it found.
-
-    target: float output [S, L, H]. The masters are float32. Returns the loss on the held-out sequences (all, when none is held out) before and after.
-    Raises ValueError when the loss isn't finite.
+    target: float output [S, L, H]. Rates are tried in rising order, each from the norms as they were, until that loss no longer falls. Returns the loss
+    before and after, and the rate (0 when the norms stay as they were).
+    Raises ValueError when the loss isn't finite, at the first rate.
     """
+    trained, held_out = split_rows(len(target), config.held_out)
+    start = {p.name: p.start for p in norms.norm_parameters(block, relative=config.step == "relative")}
+    before = mean_loss(block, index, stream, target, config, held_out)
+    best, norms_of_best, rate_of_best = (before, start, 0.0) if config.reject_worse else (math.inf, start, 0.0)
+    for learning_rate in config.learning_rates():
+        rate = learning_rate * (1 + config.depth_scale * index / count)  # eq. 3
+        norms.assign(block, start)
+        values = descend(block, index, stream, target, config, rate, trained, seed + index)
+        norms.assign(block, values)
+        after = mean_loss(block, index, stream, target, config, held_out)
+        if not math.isfinite(after) and learning_rate == config.learning_rates()[0]:
+            raise ValueError(f"tweak: the loss of block {index} must stay finite (try a smaller learning_rate), got {after}")
+        if not after < best:
+            logger.info("block %d: at rate %g the tweak took the held-out loss from %.4g to %.4g; not kept", index, rate, before, after)
+            break
+        best, norms_of_best, rate_of_best = after, values, rate
+    norms.assign(block, norms_of_best)
+    return before, best, rate_of_best
+
+
+def descend(
+    block: nn.Module, index: int, stream: Stream, target: Tensor, config: TweakConfig, rate: float, rows: Tensor, seed: int
+) -> dict[str, Tensor]:
+    """Adam on float32 masters of a block's norm parameters, over some of the sequences; the values it ends at, by name."""
     parameters = norms.norm_parameters(block, relative=config.step == "relative")
     loss_of = losses.find(config.loss)
-    rate = config.learning_rate * (1 + config.depth_scale * index / count)  # eq. 3
     adam = torch.optim.Adam([p.master for p in parameters], lr=rate)
-    order = torch.Generator().manual_seed(seed + index)
-    trained, held_out = split_rows(len(target), config.held_out)
-    before = mean_loss(block, index, stream, target, config, held_out)
-    steps = config.iterations * -(-len(trained) // config.batch_size)
+    order = torch.Generator().manual_seed(seed)
+    steps = config.iterations * -(-len(rows) // config.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1.0 if config.schedule == "constant" else 1.0 - step / steps)
     for _ in range(config.iterations):
-        for rows in trained[torch.randperm(len(trained), generator=order)].split(config.batch_size):
-            output = stream.call(with_parameters(block, {p.name: p.value() for p in parameters}), index, rows)
-            loss = loss_of(output, target[rows], token_mask(target[rows], config))
+        for batch in rows[torch.randperm(len(rows), generator=order)].split(config.batch_size):
+            output = stream.call(with_parameters(block, {p.name: p.value() for p in parameters}), index, batch)
+            wanted = target[batch].to(output.device)
+            loss = loss_of(output, wanted, token_mask(wanted, config))
             adam.zero_grad()
             loss.backward()
             adam.step()
             schedule.step()
-    start = {p.name: block.get_parameter(p.name).clone() for p in parameters}
-    norms.assign(block, {p.name: p.value() for p in parameters})
-    after = mean_loss(block, index, stream, target, config, held_out)
-    if not math.isfinite(after):
-        raise ValueError(f"tweak: the loss of block {index} must stay finite (try a smaller learning_rate), got {after}")
-    if config.reject_worse and after >= before:
-        norms.assign(block, start)
-        logger.info("block %d: the tweak raised the held-out loss from %.4g to %.4g; its norms are left as they were", index, before, after)
-        after = before
-    return before, after
+    return {p.name: p.value().detach() for p in parameters}
 
 
 def with_parameters(block: nn.Module, values: dict[str, Tensor]) -> Callable[..., Any]:
@@ -172,5 +173,8 @@ def mean_loss(block: nn.Module, index: int, stream: Stream, target: Tensor, conf
     """The tweak's loss of a block as it is over some of the sequences, in batches of the tweak's own size."""
     loss_of = losses.find(config.loss)
     batches = rows.split(config.batch_size)
-    losses_of_batches = [loss_of(stream.call(block, index, b), target[b], token_mask(target[b], config)).item() for b in batches]
-    return sum(losses_of_batches) / len(batches)
+    total = 0.0
+    for batch in batches:
+        wanted = target[batch].to(stream.device)
+        total += loss_of(stream.call(block, index, batch), wanted, token_mask(wanted, config)).item()
+    return total / len(batches)

@@ -8,6 +8,8 @@ import gc
 import resource
 from pathlib import Path
 
+import torch
+
 
 class PeakMemory:
     """Peak resident bytes of this process while open, above what it held when opened.
@@ -30,6 +32,7 @@ class PeakMemory:
 def release() -> None:
     """Hand memory that nothing refers to back to the system: what glibc keeps of one stage for later would be on top of what the next one takes."""
     gc.collect()
+    torch.cuda.empty_cache()  # nothing where no GPU was used
     with contextlib.suppress(AttributeError, OSError):  # elsewhere than with glibc
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import calibration, card, families, formats, models, norms, quantizers
-from .activations import Stream, compute_dtype, embed_all
+from .activations import Stream, compute_dtype, device_of, embed_all
 from .blocks import BlockReader
 from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter, check_disk
 from .config import PolishConfig, QuantizeConfig, RetweakConfig, check_out_folder, require
@@ -52,10 +52,12 @@ def quantize(
     config: QuantizeConfig | None = None,
     tokens: Tensor | None = None,
     progress: Progress | None = None,
+    device: str = "auto",
 ) -> Report:
     """Quantize MODEL (see `models.resolve`) into the new folder `out`, a checkpoint of format `config.format` with tweaked norms.
 
-    tokens: token ids int64 [samples, length] to calibrate on; None takes what `config.calibration` names.
+    tokens: token ids int64 [samples, length] to calibrate on; None takes what `config.calibration` names. device: where blocks are computed, "cpu",
+    "cuda", "cuda:N" or "auto", a GPU where there is one; a block at a time is there, the activations of all sequences stay in the host's memory.
     Everything that can be wrong with the input is found before any heavy work: raises ValueError in one line. The folder appears when it is
     whole; an error or Ctrl-C leaves none.
     """
@@ -66,7 +68,7 @@ def quantize(
         stages = _Stages()
         check_out_folder(out)
         folder = ModelFolder(models.resolve(model))
-        plan = _Plan(folder, config)
+        plan = _Plan(folder, config, device_of(device))
         plan.check_disk(out)
         sequences = config.calibration.samples if tokens is None else len(tokens)
         enough = config.polish is None or sequences > 1
@@ -76,7 +78,7 @@ def quantize(
         elif config.needs_calibration:
             folder.check_length("quantize", config.calibration.length)
             if config.calibration.source != "generated":
-                tokens = calibration_tokens(folder, config, progress)
+                tokens = calibration_tokens(plan, config, progress)
         with CheckpointWriter(out, plan.blocks + 1) as writer:
             with stages("check"), progress.task("checking weights", len(folder.weights.names())) as advance:
                 for _ in folder.weights.check_finite():
@@ -85,7 +87,7 @@ def quantize(
                     plan.check_calls()
             if tokens is None and config.needs_calibration:
                 with stages("calibration"):
-                    tokens = calibration_tokens(folder, config, progress)
+                    tokens = calibration_tokens(plan, config, progress)
             report = Report(out, seconds=stages.seconds)
             with stages("blocks"):
                 report.blocks, stream, float_stream = _run_blocks(plan, tokens, writer, progress)
@@ -125,11 +127,12 @@ class _Stages:
 class _Plan(BlockReader):
     """What a configuration means for a model; raises ValueError where they don't fit."""
 
-    def __init__(self, folder: ModelFolder, config: QuantizeConfig) -> None:
+    def __init__(self, folder: ModelFolder, config: QuantizeConfig, device: torch.device) -> None:
         require(
             folder.quantization is None, "quantize", "model", "a float model", f"one quantized by {(folder.quantization or {}).get('quant_method')}"
         )
-        super().__init__(folder)
+        super().__init__(folder, device)
+        self.precision = compute_dtype(config.compute_dtype, device)
         require(self.blocks > 0, "quantize", "model", "one with at least one block", "none")
         self.stored_dtype = _stored_dtype(folder)
         family = families.find(folder.config)
@@ -227,11 +230,12 @@ def _stored_dtype(folder: ModelFolder) -> torch.dtype:
     return folder.config.dtype if folder.config.dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
-def calibration_tokens(folder: ModelFolder, config: QuantizeConfig | RetweakConfig, progress: Progress) -> Tensor:
+def calibration_tokens(reader: BlockReader, config: QuantizeConfig | RetweakConfig, progress: Progress) -> Tensor:
     """The text that `config.calibration` names, int64 [samples, length]; where the model writes it itself, all of its weights are loaded for that."""
+    folder = reader.folder
 
     def load_model() -> Any:
-        return models.load(folder.path, dtype=compute_dtype(config.compute_dtype))
+        return models.load(folder.path, dtype=compute_dtype(config.compute_dtype, reader.device), device=reader.device)
 
     tokens = calibration.token_ids(config.calibration, folder.tokenizer, load_model, folder.text_config.vocab_size, config.seed, progress)
     release()  # the whole float model, which wrote the text, goes before the blocks come
@@ -249,7 +253,7 @@ def _run_blocks(plan: _Plan, tokens: Tensor | None, writer: CheckpointWriter, pr
         size, tweaked = config.calibration.batch_size, config.tweak.batch_size if config.tweak else 0
         with plan.entrance() as calls:
             hidden = embed_all(calls, tokens, size, also=range(1, tweaked + 1))
-        stream = Stream(hidden, calls, size, compute_dtype(config.compute_dtype))
+        stream = Stream(hidden, calls, size, plan.precision, plan.device)
 
     def close_block(index: int, block: nn.Module) -> None:
         place = f"{plan.path}.{index}."
@@ -290,10 +294,9 @@ def _quantize_head(plan: _Plan, tokens: Tensor | None, stream: Stream | None, pr
 
 def _polish(plan: _Plan, config: PolishConfig, tokens: Tensor, float_stream: Stream, writer: CheckpointWriter, progress: Progress) -> PolishReport:
     """Polish the norms of the checkpoint that has been written so far."""
-    model = models.load(writer.partial, dtype=torch.float32)
-    precision = compute_dtype(plan.config.compute_dtype)
+    model = models.load(writer.partial, dtype=torch.float32, device=plan.device)
     blocks = model.get_submodule(plan.path)
-    report, values = polish(model, blocks, tokens, float_stream.hidden, config, dtype=precision, seed=plan.config.seed, progress=progress)
+    report, values = polish(model, blocks, tokens, float_stream.hidden, config, dtype=plan.precision, seed=plan.config.seed, progress=progress)
     if report.accepted:
         writer.replace({plan.written_name(name): value for name, value in values.items()})
     return report

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,17 +25,23 @@ from .activations import BlockCalls, computing, split_rows
 from .config import PolishConfig
 from .progress import Progress
 
+# What is tried when no learning rate is given, in rising order.
+POLISH_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
+
 
 @dataclass(frozen=True)
 class PolishReport:
-    """KL(float || packed) per token on held-out calibration text before and after (nats), and whether the norms were changed."""
+    """KL(float || packed) per token on held-out calibration text before and after (nats), whether the norms were changed, and the learning rate."""
 
     kl_before: float
     kl_after: float
     accepted: bool
+    rate: float
 
     def __str__(self) -> str:
-        return f"KL to float {self.kl_before:.4f} -> {self.kl_after:.4f}" + ("" if self.accepted else ", not accepted: norms are left as they were")
+        return f"KL to float {self.kl_before:.4f} -> {self.kl_after:.4f} at rate {self.rate:g}" + (
+            "" if self.accepted else ", not accepted: norms are left as they were"
+        )
 
 
 def polish(
@@ -53,46 +59,84 @@ def polish(
     """Polish the norms of a packed causal model in place.
 
     blocks: the model's list of decoder blocks. tokens: int64 [S, L]. float_hidden: the float model's last block output for them, float32 [S, L, H].
-    float_values: norm parameters that the float model has behind its blocks; None where the packed model begins with the same. dtype: of matrix products. Memory: the packed model, and of one sequence the activations that enter each block, one block's own, and two sets of
-    logits. Returns the report and the norm parameters by name, float32: changed ones, or the old where held-out text got no better.
+    float_values: norm parameters that the float model has behind its blocks; None where the packed model begins with the same. dtype: of matrix products.
+    Memory: the packed model, and of one sequence the activations that enter each block, one block's own, and two sets of logits. Returns the report and the norm parameters by name, float32: changed ones, or the old where held-out text got no better.
     Raises ValueError when the loss isn't finite.
     """
-    parameters = norms.norm_parameters(model, relative=True)
-    start = {p.name: p.start for p in parameters}
+    start = {p.name: p.start for p in norms.norm_parameters(model, relative=True)}
     model.requires_grad_(False)
-    own = {p.name: model.get_parameter(p.name).requires_grad_() for p in parameters}
+    own = {name: model.get_parameter(name).requires_grad_() for name in start}
     objective = _Objective(model, blocks, tokens, float_hidden, start | (float_values or {}), dtype)
     trained, held_out = split_rows(len(tokens), config.held_out)
-    adam = torch.optim.Adam([p.master for p in parameters], lr=config.learning_rate)
-    steps = config.iterations * -(-len(trained) // config.batch_size)
+    before = objective.mean(held_out)
+    rate = config.learning_rate or _find_rate(model, objective, trained, held_out, config, seed, progress)
+    _descend(model, objective, trained, config, rate, seed, progress)
+    after = objective.mean(held_out)
+    if not math.isfinite(after):
+        raise ValueError(f"polish: the loss must stay finite (try a smaller learning_rate), got {after}")
+    after = _step_back(model, objective, start, after, held_out)
+    accepted = after < before
+    if not accepted:
+        norms.assign(model, start)
+    model.requires_grad_(False)
+    report = PolishReport(before, after if accepted else before, accepted, rate)
+    return report, {name: parameter.detach() for name, parameter in own.items()}
+
+
+def _descend(model: nn.Module, objective: _Objective, rows: Tensor, config: PolishConfig, rate: float, seed: int, progress: Progress) -> None:
+    """Adam on all norms of the model, in place, over some of the sequences, the rate falling to 0."""
+    parameters = norms.norm_parameters(model, relative=True)
+    own = [model.get_parameter(p.name) for p in parameters]
+    adam = torch.optim.Adam([p.master for p in parameters], lr=rate)
+    steps = config.iterations * -(-len(rows) // config.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1.0 - step / steps)
     order = torch.Generator().manual_seed(seed)
-    with progress.task("polishing", steps + 2) as advance:
-        before = objective.mean(held_out)
-        advance()
+    with progress.task("polishing", steps) as advance:
         for _ in range(config.iterations):
-            for rows in trained[torch.randperm(len(trained), generator=order)].split(config.batch_size):
+            for batch in rows[torch.randperm(len(rows), generator=order)].split(config.batch_size):
                 # The gradient of the parameters in place, which the blocks' recomputation reads too, then through each master's formula. One
                 # sequence at a time: its logits, several times over, are the largest thing in memory.
-                gradients = [torch.zeros_like(parameter) for parameter in own.values()]
-                for row in rows.split(1):
-                    found = torch.autograd.grad(objective(row), list(own.values()))
-                    gradients = [total.add_(part / len(rows)) for total, part in zip(gradients, found, strict=True)]
+                gradients = [torch.zeros_like(parameter) for parameter in own]
+                for row in batch.split(1):
+                    found = torch.autograd.grad(objective(row), own)
+                    gradients = [total.add_(part / len(batch)) for total, part in zip(gradients, found, strict=True)]
                 adam.zero_grad()
                 torch.autograd.backward([p.value() for p in parameters], gradients)
                 adam.step()
                 schedule.step()
                 norms.assign(model, {p.name: p.value() for p in parameters})
                 advance()
-        after = objective.mean(held_out)
-        advance()
-    if not math.isfinite(after):
-        raise ValueError(f"polish: the loss must stay finite (try a smaller learning_rate), got {after}")
-    accepted = after < before
-    if not accepted:
+
+
+def _step_back(model: nn.Module, objective: _Objective, start: dict[str, Tensor], after: float, held_out: Tensor) -> float:
+    """Half of the way back to where the norms came from, again and again as long as held-out sequences like it better; their divergence there."""
+    end = {name: model.get_parameter(name).detach().clone() for name in start}
+    for share in (0.5, 0.25, 0.125):
+        norms.assign(model, {name: start[name] + share * (end[name] - start[name]) for name in start})
+        divergence = objective.mean(held_out)
+        if not divergence < after:
+            norms.assign(model, {name: start[name] + 2 * share * (end[name] - start[name]) for name in start})
+            break
+        after = divergence
+    return after
+
+
+def _find_rate(model: nn.Module, objective: _Objective, rows: Tensor, held_out: Tensor, config: PolishConfig, seed: int, progress: Progress) -> float:
+    """The rate whose short run, over a quarter of the sequences, leaves the least divergence on held-out ones; the model is left as it was.
+
+    Rates rise until that no longer falls.
+    """
+    start = {p.name: p.start for p in norms.norm_parameters(model, relative=True)}
+    few = rows[: max(1, len(rows) // 4)]
+    best, found = math.inf, POLISH_RATES[0]
+    for rate in POLISH_RATES:
+        _descend(model, objective, few, replace(config, iterations=1), rate, seed, progress)
+        divergence = objective.mean(held_out)
         norms.assign(model, start)
-    model.requires_grad_(False)
-    return PolishReport(before, after if accepted else before, accepted), {name: parameter.detach() for name, parameter in own.items()}
+        if not divergence < best:
+            break
+        best, found = divergence, rate
+    return found
 
 
 class _Objective:
@@ -104,14 +148,15 @@ class _Objective:
         self._model, self._blocks, self._start = model, blocks, start
         self._tokens, self._hidden, self._dtype = tokens, float_hidden, dtype
         self._calls = BlockCalls(model, blocks)
-        self._calls.embed(tokens[:1])
+        self._device = next(model.parameters()).device
+        self._calls.embed(tokens[:1].to(self._device))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        tokens = self._tokens[rows]
+        tokens, hidden = self._tokens[rows].to(self._device), self._hidden[rows].to(self._device)
         with computing(tokens.device.type, self._dtype):
             with torch.no_grad():
                 # What follows the blocks, with the norm that the float model has there.
-                target = self._calls.logits(tokens, self._hidden[rows], self._start)
+                target = self._calls.logits(tokens, hidden, self._start)
             with checkpointed(self._blocks):
                 output = self._model(input_ids=tokens, use_cache=False).logits
         return _Divergence.apply(output, target)
@@ -131,11 +176,13 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor) -> Tensor:
         count, total = logits[..., 0].numel(), torch.zeros((), device=logits.device)
-        gradient = torch.empty_like(logits)
-        for own, goal, slope in zip(*(t.flatten(0, -2).split(64) for t in (logits, target, gradient)), strict=True):
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        for rows in (slice(start, start + 64) for start in range(0, count, 64)):
+            own, goal = (t.flatten(0, -2)[rows] for t in (logits, target))
             p, q = goal.float().log_softmax(-1), own.float().log_softmax(-1)
             total += (p.exp() * (p - q)).sum()
-            slope.copy_((q.exp() - p.exp()) / count)
+            if gradient is not None:
+                gradient.flatten(0, -2)[rows] = (q.exp() - p.exp()) / count
         ctx.save_for_backward(gradient)
         return total / count
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import card, formats, models, norms
-from .activations import Stream, compute_dtype, embed_all
+from .activations import Stream, compute_dtype, device_of, embed_all
 from .blocks import BlockReader, PackedReader
 from .checkpoint import RECIPE, CheckpointWriter, check_disk, other_files
 from .config import RetweakConfig, check_out_folder, require
@@ -45,19 +45,21 @@ def tweak(
     config: RetweakConfig | None = None,
     tokens: Tensor | None = None,
     progress: Progress | None = None,
+    device: str = "auto",
 ) -> RetweakReport:
     """Tweak and polish the norms of the packed checkpoint `quantized`, of any format that `normtweak.load` reads, into the new folder `out`.
 
     float_model: what it was quantized from. tokens: ids int64 [samples, length] to calibrate on; None takes what `config.calibration` names.
-    Norms that get better are written, in float32; every other tensor and file is copied as it is. Raises ValueError in one line, before any heavy work, where the
+    device: where blocks are computed, see `quantize`. Norms that get better are written, in float32; every other tensor and file is copied as it is. Raises ValueError in one line, before any heavy work, where the
     two models don't belong together.
     """
     out, progress = Path(out), progress or Silent()
     began = time.perf_counter()
     with PeakMemory() as memory:
         check_out_folder(out)
-        packed = PackedReader(ModelFolder(models.resolve(quantized)))
-        exact = BlockReader(ModelFolder(models.resolve(float_model)))
+        place = device_of(device)
+        packed = PackedReader(ModelFolder(models.resolve(quantized)), place)
+        exact = BlockReader(ModelFolder(models.resolve(float_model)), place)
         _check_pair(packed, exact)
         config = config or preset_for(quantized)
         sequences = config.calibration.samples if tokens is None else len(tokens)
@@ -70,7 +72,7 @@ def tweak(
         report = RetweakReport(out)
         with CheckpointWriter(out, len(packed.folder.weights.by_file())) as writer:
             if tokens is None:
-                tokens = calibration_tokens(exact.folder, config, progress)
+                tokens = calibration_tokens(exact, config, progress)
             values, float_hidden = _tweak_blocks(packed, exact, tokens, config, report, progress)
             if config.polish:
                 release()
@@ -118,12 +120,12 @@ def _tweak_blocks(
     packed: PackedReader, exact: BlockReader, tokens: Tensor, config: RetweakConfig, report: RetweakReport, progress: Progress
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The norms that the tweak changed, by name, and what the float model's last block gives."""
-    chosen, size, precision = config.tweak, config.calibration.batch_size, compute_dtype(config.compute_dtype)
+    chosen, size, precision = config.tweak, config.calibration.batch_size, compute_dtype(config.compute_dtype, exact.device)
     streams = []
     for reader in (packed, exact):
         with reader.entrance() as calls:
             hidden = embed_all(calls, tokens, size, also=range(1, (chosen.batch_size if chosen else 0) + 1))
-        streams.append(Stream(hidden, calls, size, precision))
+        streams.append(Stream(hidden, calls, size, precision, reader.device))
     stream, float_stream = streams
     values: dict[str, Tensor] = {}
     with progress.task("tweaking" if chosen else "running the float model", exact.blocks) as advance:
@@ -136,11 +138,11 @@ def _tweak_blocks(
                 block.to("meta")
                 block, place = packed.open_block(index), f"{packed.path}.{index}."
                 start = {p.name: p.start for p in norms.norm_parameters(block, relative=True)}
-                before, after = tweak_block(block, index, packed.blocks, stream, target, chosen, config.seed)
+                before, after, rate = tweak_block(block, index, packed.blocks, stream, target, chosen, config.seed)
                 found = {name: block.get_parameter(name).detach() for name in start}
                 values |= {place + name: value.clone() for name, value in found.items() if not torch.equal(value, start[name])}
                 stream = stream.moved(stream.through(block, index))
-                report.blocks.append(BlockReport(index, time.perf_counter() - began, before, after))
+                report.blocks.append(BlockReport(index, time.perf_counter() - began, before, after, rate))
             block.to("meta")
             float_stream = float_stream.moved(float_output)
             advance(str(report.blocks[-1]) if chosen else "")
@@ -153,15 +155,15 @@ def _polish(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The norms that the polish changed, by name."""
     assert config.polish is not None
-    model = models.load(packed.folder.path, dtype=torch.float32)
+    model = models.load(packed.folder.path, dtype=torch.float32, device=packed.device)
     norms.assign(model, values)
     names = [p.name for p in norms.norm_parameters(model, relative=True)]
     start = {name: model.get_parameter(name).detach().clone() for name in names}
     find, read = exact.folder.weights.find, exact.folder.weights.read
-    behind = {name: read(str(find(name))).float() for name in names if not name.startswith(f"{packed.path}.")}
+    behind = {name: read(str(find(name))).float().to(packed.device) for name in names if not name.startswith(f"{packed.path}.")}
     report.polish, found = polish(
         model, model.get_submodule(packed.path), tokens, float_hidden, config.polish,
-        dtype=compute_dtype(config.compute_dtype), seed=config.seed, progress=progress, float_values=behind,
+        dtype=compute_dtype(config.compute_dtype, packed.device), seed=config.seed, progress=progress, float_values=behind,
     )  # fmt: skip
     return {name: value for name, value in found.items() if not torch.equal(value, start[name])}
 

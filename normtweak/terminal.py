@@ -21,6 +21,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, FOL
 Activations = Annotated[
     str, typer.Option(help="In packed products: auto, as exact as their dtype; int16 or int8, faster and rounded for every 64 values.")
 ]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
 
 
 class TerminalProgress:

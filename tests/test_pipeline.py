@@ -183,7 +183,7 @@ def test_one_block_at_a_time(small_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline._Plan, "open_block", opened)
     monkeypatch.setattr(pipeline.CheckpointWriter, "write", written)
-    run(small_model, tmp_path / "out")
+    run(small_model, tmp_path / "out", polish=None)
     assert events == [("open", 0, []), ("write", 0), ("open", 1, []), ("write", 1), ("write", 2)]
 
 
@@ -196,6 +196,17 @@ def test_a_tweak_that_makes_it_worse_is_undone(small_model, tmp_path):
     assert all(torch.equal(after[name].float(), before[name]) for name in after if "layers" in name and "norm" in name)
     worse = run(small_model, tmp_path / "worse", tweak=tweak | {"reject_worse": False}, **settings)
     assert all(block.loss_after > block.loss_before for block in worse.blocks)
+
+
+def test_without_a_learning_rate_each_block_finds_its_own(small_model, tmp_path):
+    settings = {"bits": 2, "group_size": 32, "symmetric": False, "polish": None, "calibration": CALIBRATION | {"samples": 16}}
+    found = run(small_model, tmp_path / "found", tweak={"learning_rate": None}, **settings)
+    rates = QuantizeConfig.preset(tweak={"learning_rate": None}).tweak.learning_rates()
+    assert all(block.rate in (0, *rates) for block in found.blocks)
+    assert any(block.rate > rates[0] for block in found.blocks)
+    # the first block is given the same stream whatever the rate
+    losses = [run(small_model, tmp_path / f"{rate}", tweak={"learning_rate": rate}, **settings).blocks[0].loss_after for rate in rates]
+    assert found.blocks[0].loss_after == min(losses)
 
 
 def test_a_finished_checkpoint_survives_a_failing_rename(small_model, tmp_path, monkeypatch, caplog):

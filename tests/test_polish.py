@@ -11,7 +11,7 @@ from normtweak import QuantizeConfig, models
 from normtweak.activations import BlockCalls
 from normtweak.config import PolishConfig
 from normtweak.norms import norm_parameters
-from normtweak.polish import _Objective, polish
+from normtweak.polish import POLISH_RATES, _Divergence, _Objective, polish
 from normtweak.progress import Silent
 from small_models import make_model
 
@@ -119,6 +119,23 @@ def test_what_held_out_text_does_not_confirm_is_not_written(small_model, tmp_pat
     assert not report.polish.accepted
     wild, plain = tensors_of(tmp_path / "wild"), tensors_of(tmp_path / "plain")
     assert all(torch.equal(wild[name], plain[name]) for name in plain)
+
+
+def test_without_a_learning_rate_one_is_found(small_model, tmp_path):
+    coarse = {"method": "rtn", "clip_steps": 0, "calibration": CALIBRATION | {"samples": 24}}
+    found = run(small_model, tmp_path / "found", polish={"learning_rate": None}, **coarse).polish
+    assert found.rate in POLISH_RATES
+    given = run(small_model, tmp_path / "given", polish={"learning_rate": found.rate}, **coarse).polish
+    assert (found.kl_before, found.kl_after) == (given.kl_before, given.kl_after)
+
+
+def test_no_gradient_is_computed_where_none_is_wanted():
+    logits = torch.randn(1, 100, 50, requires_grad=True)
+    divergence = _Divergence.apply(logits, torch.randn(1, 100, 50))
+    assert divergence.grad_fn.saved_tensors[0].shape == logits.shape
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty_like", None)
+        torch.testing.assert_close(_Divergence.apply(logits.detach(), logits), torch.tensor(0.0))
 
 
 def test_two_runs_with_one_seed_write_the_same_bytes(small_model, tmp_path):

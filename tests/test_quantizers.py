@@ -1,3 +1,5 @@
+import copy
+import dataclasses
 import logging
 
 import pytest
@@ -5,6 +7,7 @@ import torch
 from torch import nn
 
 from normtweak import QuantizeConfig, quantizers
+from normtweak.activations import Passes
 from normtweak.quantizers.gptq import HessianCollector, Solver, inverse_factor
 
 
@@ -94,7 +97,7 @@ def test_linears_with_one_input_share_a_hessian():
         for x in batches:
             k(x)
             o(q(x))
-    shared = {tuple(names): hessian for names, hessian in collector.shared()}
+    shared = {tuple(inputs.names): inputs.hessian for inputs in collector.shared()}
     assert set(shared) == {("q", "k"), ("o",)}
     tokens = torch.cat(batches).flatten(0, 1)
     torch.testing.assert_close(shared["q", "k"], tokens.t() @ tokens / len(tokens))
@@ -107,10 +110,77 @@ def test_bfloat16_inputs_give_a_positive_definite_hessian():
     with collector.attached():
         for batch in x:
             linear(batch)
-    ((_, hessian),) = collector.shared()
+    (inputs,) = collector.shared()
+    hessian = inputs.hessian
     exact = (x.double().flatten(0, 1).t() @ x.double().flatten(0, 1)) / (64 * 512)
     assert (hessian.double() - exact).abs().max() / exact.abs().max() < 1e-5
     assert torch.linalg.eigvalsh(hessian.double()).min() > 0
+
+
+class TwoStreams(Passes):
+    """Passes through a block that is given hidden states and nothing else."""
+
+    def __init__(self, block, x, exact=None):
+        self.block, self.x, self.exact = block, x, exact
+
+    @property
+    def has_float(self):
+        return self.exact is not None
+
+    def __call__(self):
+        self.block(self.x)
+
+    def of_float(self):
+        self.block(self.exact)
+
+
+def test_each_linear_is_quantized_on_what_the_quantized_ones_before_it_give():
+    block = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).requires_grad_(False)
+    x, linears, before = correlated(400, 32), {"up": block[0], "down": block[2]}, copy.deepcopy(block.state_dict())
+    config = QuantizeConfig(bits=2, symmetric=False, group_size=16, correction=0.0)
+    found = quantizers.find("gptq").quantize_block(linears, TwoStreams(block, x), config)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())
+    at_once = quantizers.find("gptq").quantize_block(linears, TwoStreams(block, x), dataclasses.replace(config, sequential=False))
+    assert torch.equal(found["up"].codes, at_once["up"].codes)
+    assert not torch.equal(found["down"].codes, at_once["down"].codes)
+    seen = (x @ found["up"].dequantize().t() + block[0].bias).relu()
+    by_hand = quantizers.find("gptq").quantize_block({"down": block[2]}, lambda: block[2](seen), config)["down"]
+    assert torch.equal(found["down"].codes, by_hand.codes)
+
+
+def test_experts_of_one_place_are_quantized_together():
+    names = [f"experts.{i}.{leaf}" for i in range(3) for leaf in ("up", "down")]
+    linears = {name: nn.Linear(16, 16) for name in names}
+    passes = []
+
+    def block(x):
+        passes.append(x)
+        for i in range(3):
+            linears[f"experts.{i}.down"](linears[f"experts.{i}.up"](x * (i + 1)))
+
+    quantizers.find("gptq").quantize_block(linears, TwoStreams(block, correlated(100, 16)), QuantizeConfig())
+    assert len(passes) == 3  # a look at the order, the ups, the downs
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_the_correction_makes_good_what_the_inputs_lack(act_order):
+    linear = nn.Linear(24, 40, bias=False).requires_grad_(False)
+    exact = correlated(20_000, 24)
+    x = exact @ (torch.eye(24) + 0.1 * torch.randn(24, 24))
+    config = QuantizeConfig(bits=8, act_order=act_order, damp_percent=1e-6)
+
+    def loss(weight):
+        return (exact @ linear.weight.t() - x @ weight.t()).square().sum().item()
+
+    best = torch.linalg.lstsq(x, exact @ linear.weight.t()).solution.t()
+    found = {}
+    for share in (0.0, 0.5, 1.0):
+        settings = dataclasses.replace(config, correction=share)
+        found[share] = loss(quantizers.find("gptq").quantize_block({"l": linear}, TwoStreams(linear, x, exact), settings)["l"].dequantize())
+    plain = loss(linear.weight)
+    assert found[1.0] - loss(best) < 0.02 * plain
+    assert found[0.5] == pytest.approx((plain + 3 * loss(best)) / 4, rel=0.05)  # the loss is a parabola between the two
+    assert found[0.0] == pytest.approx(plain, rel=0.02)
 
 
 def test_a_linear_that_sees_nothing_is_named():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ..terminal import Activations, Model, TerminalProgress, console
+from ..terminal import Activations, Device, Model, TerminalProgress, console
 
 if TYPE_CHECKING:
     from ..evaluate import Comparison
@@ -36,17 +36,19 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="So many items of each task at most.", min=1, show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="Of matrix products: auto, float32 or bfloat16.")] = "auto",
     activations: Activations = "auto",
+    device: Device = "auto",
     card: Annotated[bool, typer.Option("--card", help="Also note the texts' scores in MODEL's model card, a folder that normtweak wrote.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores here.", show_default=False)] = None,
 ) -> None:
     """Perplexity of MODEL and how far it is from a second one; tasks with standard errors, and paired differences with 95 % intervals."""
     from .. import models
-    from ..activations import compute_dtype
+    from ..activations import compute_dtype, device_of
     from ..card import add_scores, check_has_card
     from ..checkpoint import check_parent, write_json
     from ..evaluate import PYTHON_DOCS, Suite, read_text, score, text_windows
 
-    precision = compute_dtype(dtype)
+    place = device_of(device)
+    precision = compute_dtype(dtype, place)
     if json_file is not None:
         check_parent(json_file)
     if card:
@@ -60,8 +62,8 @@ def evaluate(
         folder.check_same_vocabulary("eval", models.ModelFolder(models.resolve(against)))
     tokenizer = folder.tokenizer
     chosen = {name: text_windows(tokenizer, content, windows, length) for name, content in texts.items()}
-    loaded = models.load(model, activations=activations)
-    reference = None if against is None else models.load(against)
+    loaded = models.load(model, device=place, activations=activations)
+    reference = None if against is None else models.load(against, device=place)
     scores = {name: score(loaded, tokenizer, ids, against=reference, dtype=precision, progress=TerminalProgress()) for name, ids in chosen.items()}
     rows = suite.run(loaded, tokenizer, against=reference, dtype=precision, progress=TerminalProgress())
     if scores:

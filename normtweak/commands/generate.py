@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..terminal import Activations, Model, console, errors
+from ..terminal import Activations, Device, Model, console, errors
 
 
 def generate(
@@ -17,17 +17,24 @@ def generate(
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of activations: float32, bfloat16, or auto, the faster here.")] = "float32",
     activations: Activations = "auto",
+    device: Device = "auto",
 ) -> None:
     """Continue a text with MODEL."""
     from .. import models
-    from ..activations import compute_dtype
+    from ..activations import compute_dtype, device_of
     from ..text import check_prompt, continue_text
 
     check_prompt(prompt)
-    precision = compute_dtype(dtype)
+    place = device_of(device)
+    precision = compute_dtype(dtype, place)
     tokenizer = models.load_tokenizer(model)
     result = continue_text(
-        models.load(model, dtype=precision, activations=activations), tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed
+        models.load(model, dtype=precision, device=place, activations=activations),
+        tokenizer,
+        prompt,
+        max_new_tokens,
+        temperature=temperature,
+        seed=seed,
     )
     console.print(prompt, style="bold", end="", markup=False, highlight=False)
     console.print(result.text, markup=False, highlight=False)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..terminal import Model, TerminalProgress, console
+from ..terminal import Device, Model, TerminalProgress, console
 
 
 def quantize(
@@ -35,6 +35,12 @@ def quantize(
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output head too.")] = False,
     no_tweak: Annotated[bool, typer.Option("--no-tweak", help="Leave the norms as they are: no tweak, no polish.")] = False,
     no_polish: Annotated[bool, typer.Option("--no-polish", help="Tweak block by block alone, as the paper does.")] = False,
+    loss: Annotated[str | None, typer.Option(help="The tweak's: channel, channel_squared, token_mse, mse or kl.", show_default="token_mse")] = None,
+    iterations: Annotated[int | None, typer.Option(help="The tweak's passes over the calibration text.", show_default="1")] = None,
+    lr: Annotated[float | None, typer.Option(help="The tweak's learning rate.", show_default="by bits")] = None,
+    lr_search: Annotated[
+        bool, typer.Option("--lr-search", help="Find the learning rates of each block's tweak and of the polish on held-out calibration text.")
+    ] = False,
     calibration: Annotated[
         str | None, typer.Option(help="generated (by the model itself), random, or a UTF-8 text FILE.txt.", show_default="generated")
     ] = None,
@@ -44,11 +50,12 @@ def quantize(
         str | None, typer.Option("--format", help="gptq, gptq_v2 or compressed-tensors.", show_default="gptq; gptq_v2 with --asymmetric")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same bytes.", show_default="0")] = None,
+    device: Device = "auto",
     config: Annotated[Path | None, typer.Option(help="JSON file of QuantizeConfig settings; options given here win.", show_default=False)] = None,
 ) -> None:
     """Quantize MODEL block by block, tweak each block's norms, polish them all together, write a packed checkpoint."""
     from .. import pipeline
-    from ..config import ModuleOverride, QuantizeConfig
+    from ..config import ModuleOverride, QuantizeConfig, require
 
     settings = read_settings("quantize", config)
     given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "method": method, "format": form, "seed": seed}
@@ -60,11 +67,22 @@ def quantize(
     if lm_head:
         settings["lm_head"] = True
     settings |= calibration_settings(settings, calibration, samples, length)
+    require(lr is None or not lr_search, "quantize", "lr", "left out with --lr-search", lr)
+    schedule: dict[str, Any] = {
+        key: value for key, value in {"loss": loss, "iterations": iterations, "learning_rate": lr}.items() if value is not None
+    }
+    if lr_search:
+        schedule["learning_rate"] = None
+        if preset == "default" and settings.get("polish", {}) is not None:
+            settings["polish"] = {**settings.get("polish", {}), "learning_rate": None}
+    if schedule:
+        require(not no_tweak, "quantize", ", ".join(schedule), "left out with --no-tweak", "given")
+        settings["tweak"] = {**(settings.get("tweak") or {}), **schedule}
     if no_tweak:
         settings["tweak"] = None
     if no_tweak or no_polish:
         settings["polish"] = None
-    report = pipeline.quantize(model, out=out, config=QuantizeConfig.preset(preset, **settings), progress=TerminalProgress())
+    report = pipeline.quantize(model, out=out, config=QuantizeConfig.preset(preset, **settings), progress=TerminalProgress(), device=device)
     if report.polish:
         console.print(f"polish: {report.polish}", highlight=False)
     console.print(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..terminal import TerminalProgress, console
+from ..terminal import Device, TerminalProgress, console
 from .quantize import calibration_settings, read_settings
 
 
@@ -25,6 +25,7 @@ def tweak(
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same bytes.", show_default="0")] = None,
+    device: Device = "auto",
     config: Annotated[Path | None, typer.Option(help="JSON file of RetweakConfig settings; options given here win.", show_default=False)] = None,
 ) -> None:
     """Improve a packed checkpoint by its norms alone; its codes, every other tensor and file, and its format stay as they are."""
@@ -34,7 +35,7 @@ def tweak(
     settings |= calibration_settings(settings, calibration, samples, length)
     settings |= ({"polish": None} if no_polish else {}) | ({"tweak": None} if polish_only else {})
     chosen = retweak.preset_for(quantized, **settings)
-    report = retweak.tweak(quantized, float_model=float_model, out=out, config=chosen, progress=TerminalProgress())
+    report = retweak.tweak(quantized, float_model=float_model, out=out, config=chosen, progress=TerminalProgress(), device=device)
     if report.polish:
         console.print(f"polish: {report.polish}", highlight=False)
     console.print(

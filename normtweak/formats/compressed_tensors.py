@@ -118,7 +118,7 @@ class CompressedTensors:
             "weight_shape": torch.tensor([n, k]),
         }
         if not self._packed_scheme(path).symmetric:
-            zeros = torch.full(linear.scales.shape, 2 ** (bits - 1), dtype=torch.uint8) if linear.zeros is None else linear.zeros
+            zeros = torch.full_like(linear.scales, 2 ** (bits - 1), dtype=torch.uint8) if linear.zeros is None else linear.zeros
             tensors["weight_zero_point"] = packing.pack_gptq_zeros(zeros, bits, v2=True).t().contiguous()
         return tensors if linear.bias is None else tensors | {"bias": linear.bias.data}
 

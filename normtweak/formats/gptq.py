@@ -111,8 +111,8 @@ class GPTQ:
         """See `formats.Format`."""
         self.check(path, linear.scales, linear.zeros, linear.perm)
         n, k, bits = linear.out_features, linear.in_features, linear.bits
-        zeros = torch.full(linear.scales.shape, 2 ** (bits - 1), dtype=torch.uint8) if linear.zeros is None else linear.zeros
-        g_idx = torch.arange(k, dtype=torch.int32) // linear.group_size
+        zeros = torch.full_like(linear.scales, 2 ** (bits - 1), dtype=torch.uint8) if linear.zeros is None else linear.zeros
+        g_idx = torch.arange(k, dtype=torch.int32, device=linear.scales.device) // linear.group_size
         qweight = repack_to_gptq(linear.qweight, bits, n, k)
         if linear.perm is not None:
             codes = packing.unpack(linear.qweight, bits, n, k)
