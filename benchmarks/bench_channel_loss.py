@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-import interleaved
 import pytest
 import torch
-from shapes import ACTIVATIONS
 from torch import Tensor
 
+import interleaved
 from normtweak_kernels import channel_loss, channel_loss_and_grad
+from shapes import ACTIVATIONS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

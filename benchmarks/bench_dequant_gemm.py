@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from shapes import GROUP_SIZE, ROTATED_BYTES, ROWS, WEIGHTS
 
 from normtweak_kernels import dequant_gemm, packing
+from shapes import GROUP_SIZE, ROTATED_BYTES, ROWS, WEIGHTS
 
 
 def rotation(*tensors):

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from shapes import GROUP_SIZE, WEIGHTS
 
 from normtweak_kernels import gptq_block_update, group_params
+from shapes import GROUP_SIZE, WEIGHTS
 
 BLOCK = 128
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from shapes import GROUP_SIZE, WEIGHTS
 
 from normtweak.config import QuantizeConfig
 from normtweak.quantizers.gptq import Solver
 from normtweak_kernels import gptq_solve, group_params
+from shapes import GROUP_SIZE, WEIGHTS
 
 VARIANTS = ("reference", "cpp")
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from shapes import GROUP_SIZE, WEIGHTS
 
 from normtweak_kernels import group_params
+from shapes import GROUP_SIZE, WEIGHTS
 
 
 @pytest.mark.parametrize("clip_steps", [0, 36])

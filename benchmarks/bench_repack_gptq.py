@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from shapes import WEIGHTS
 
 from normtweak_kernels import packing, repack_gptq, repack_to_gptq
+from shapes import WEIGHTS
 
 
 def make(n, k, bits):

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from frontier import generated
 from torch import Tensor
 
 import normtweak
+from frontier import generated
 from normtweak import QuantizeConfig, models
 from normtweak.activations import compute_dtype
 from normtweak.config import CalibrationConfig

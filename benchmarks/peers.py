@@ -20,9 +20,9 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import ours
 import torch
 
+import ours
 from normtweak_kernels import native
 
 HERE = Path(__file__).parent

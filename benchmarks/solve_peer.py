@@ -11,12 +11,12 @@ import argparse
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
-from interleaved import medians, table
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
-from shapes import GROUP_SIZE, WEIGHTS
 
+from interleaved import medians, table
 from normtweak.config import QuantizeConfig
 from normtweak.quantizers.gptq import Solver
+from shapes import GROUP_SIZE, WEIGHTS
 
 CONFIG = QuantizeConfig(bits=4, group_size=GROUP_SIZE, act_order=False, tweak=None)
 PEER = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=GROUP_SIZE)

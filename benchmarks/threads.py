@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 import torch
+
 from bench_dequant_gemm import rotation
 from interleaved import medians, table
-from shapes import GROUP_SIZE
-
 from normtweak_kernels import dequant_gemm, packing
+from shapes import GROUP_SIZE
 
 N = K = 4096
 

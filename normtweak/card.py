@@ -136,9 +136,7 @@ def _loading(method: str, bits: int, symmetric: bool) -> list[str]:
         "",
     ]
     if method == "gptq":
-        lines += [
-            "- transformers: `AutoModelForCausalLM.from_pretrained` after `import normtweak.integrations.transformers`, or with GPTQModel installed."
-        ]
+        lines += ["- transformers: `AutoModelForCausalLM.from_pretrained` after `import normtweak`, or with GPTQModel installed."]
         served = bits in (4, 8) and symmetric
         plugin = "with normtweak's plugin: vLLM itself reads symmetric 4 and 8 bits alone."
         return [*lines, "- vLLM: " + ("`vllm serve FOLDER`." if served else plugin)]

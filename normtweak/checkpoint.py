@@ -25,6 +25,11 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 QUANTIZE_CONFIG = "quantize_config.json"
 RECIPE = "normtweak.json"
+# safetensors' names of the dtypes that model folders hold.
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 class WeightFiles:
@@ -37,14 +42,17 @@ class WeightFiles:
         """
         self.folder = folder
         self._where: dict[str, tuple[str, str]] = {}  # the model's name -> file, stored name
-        self._shapes: dict[str, tuple[int, ...]] = {}  # of a mixture's thousands of tensors, without opening a file for each
+        # of a mixture's thousands of tensors, without opening a file for each
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         for file in self._file_names():
             require((folder / file).is_file(), "checkpoint", "weights", f"complete ({INDEX} names {file})", "no such file")
             try:
                 with self._open(file) as handle:
                     for name in handle.keys():  # noqa: SIM118  (no mapping)
                         self._where[rename(name)] = file, name
-                        self._shapes[rename(name)] = tuple(handle.get_slice(name).get_shape())
+                        header = handle.get_slice(name)
+                        self._shapes[rename(name)], self._dtypes[rename(name)] = tuple(header.get_shape()), header.get_dtype()
             except SafetensorError as error:
                 raise ValueError(
                     f"checkpoint: {folder / file} must be a whole safetensors file, got one that is damaged or truncated ({error})"
@@ -85,6 +93,11 @@ class WeightFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from its header."""
         return self._shapes[name]
+
+    def empty(self, name: str) -> Tensor:
+        """A tensor's shape and dtype, as a tensor on the meta device. Raises ValueError for a dtype that no checkpoint read here has."""
+        require(self._dtypes[name] in _DTYPES, "checkpoint", name, "of a dtype that is read here", self._dtypes[name])
+        return torch.empty(self._shapes[name], dtype=_DTYPES[self._dtypes[name]], device="meta")
 
     def read(self, name: str) -> Tensor:
         """A tensor."""

@@ -303,11 +303,15 @@ def load(
         dtype = torch.float32 if torch.device(device).type == "cpu" else (folder.config.dtype or torch.float16)
     loaded = folder.skeleton()
     if folder.quantization is not None:
+        from transformers.quantizers.auto import AutoHfQuantizer
+
         fill_packed(loaded, folder)
         for module in loaded.modules():
             if isinstance(module, PackedLinear):
                 module.activations = activations
         loaded.config.quantization_config = folder.quantization
+        # What transformers asks when it saves, trains or compiles the model; the integration registers it by this name.
+        loaded.hf_quantizer = AutoHfQuantizer.from_config({"quant_method": "normtweak", "stored": folder.quantization}, pre_quantized=True)
     elif folder.missing(loaded):
         # stored under names that only transformers' own conversion knows (fused experts, renamed modules)
         from transformers import AutoModelForCausalLM

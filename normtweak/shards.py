@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from normtweak_kernels import packing, repack_gptq
+from normtweak_kernels.packing import BITS
 
-from .config import BITS, require
+from .config import require
 from .linear import PackedLinear
 
 # What `Shard.empty` holds and `Shard.fill` takes, by GPTQ's names.

@@ -133,8 +133,6 @@ def test_the_checkpoint_keeps_the_names_that_it_came_with(made, name):
 def test_transformers_loads_it_too(made, name):
     import transformers
 
-    import normtweak.integrations.transformers
-
     _, out = made(name)
     theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), normtweak.load(out)
     tokens = torch.randint(2, 90, (2, 20))

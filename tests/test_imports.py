@@ -17,10 +17,11 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"commands"},
-    {"demo", "paper"},
+    {"demo", "paper", "serving"},
+    {"integrations"},
     {"retweak"},
-    {"pipeline", "convert", "serving"},
-    {"loop", "polish", "evaluate", "integrations", "describe", "warm", "blocks", "card"},
+    {"pipeline", "convert"},
+    {"loop", "polish", "evaluate", "describe", "warm", "blocks", "card"},
     {"models", "text", "tasks"},
     {"quantizers", "calibration", "checkpoint", "formats", "shards"},
     {"folding", "inputs", "rounding"},
@@ -39,12 +40,13 @@ OWNERS = {
     "rich": {"cli", "terminal", "commands/*", "demo", "paper/tables", "paper/run"},
     "datasets": {"calibration/hub"},
     "vllm": {"integrations/vllm"},
+    "peft": {"integrations/peft"},
     "lm_eval": {"evaluate"},
     "auto_round": {"quantizers/autoround"},
     "matplotlib": {"paper/figure"},
     "normtweak_kernels": None,
 }
-LAZY = {"transformers", "accelerate", "huggingface_hub", "vllm", "lm_eval", "datasets", "matplotlib", "auto_round"}
+LAZY = {"transformers", "accelerate", "huggingface_hub", "vllm", "lm_eval", "datasets", "matplotlib", "auto_round", "peft"}
 
 
 def imports(path):
@@ -139,7 +141,7 @@ def test_kernels_folder_is_no_package():
 def test_importing_prints_nothing_and_loads_no_heavy_package():
     code = (
         "import sys, os; before = dict(os.environ); import normtweak, normtweak_kernels; assert dict(os.environ) == before;"
-        "print([m for m in ('transformers', 'triton', 'accelerate', 'vllm', 'typer', 'kernels') if m in sys.modules])"
+        "print([m for m in ('transformers', 'triton', 'accelerate', 'vllm', 'peft', 'typer', 'kernels') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert result.stdout.strip() == "[]"

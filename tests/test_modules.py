@@ -76,8 +76,6 @@ def test_dynamic_as_peers_write_it():
 def test_transformers_loads_mixed_precision(tmp_path, model_type):
     import transformers
 
-    import normtweak.integrations.transformers
-
     folder = make_model(tmp_path / "float", model_type)
     overrides = [{"pattern": "c_fc|up_proj", "bits": 8, "group_size": 16}]
     run(folder, tmp_path / "out", overrides=overrides, skip=[r"0\..*(c_attn|q_proj)"], lm_head=True)

@@ -158,8 +158,6 @@ def test_the_folder_holds_what_others_need(small_model, tmp_path):
 def test_transformers_loads_it_after_the_import(small_model, tmp_path):
     import transformers
 
-    import normtweak.integrations.transformers
-
     run(small_model, tmp_path / "out", bits=4, group_size=32, symmetric=False)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokens = torch.randint(2, 90, (2, 16))

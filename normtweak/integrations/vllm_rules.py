@@ -6,8 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from normtweak_kernels.packing import BITS
+
 from .. import formats
-from ..config import BITS, require
+from ..config import require
 
 NAME = "normtweak"
 OLDEST, NEWEST = (0, 30), (0, 32)

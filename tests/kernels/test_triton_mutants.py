@@ -12,7 +12,6 @@ from functools import partial
 
 import pytest
 import torch
-from triton_faults import plant, sites
 
 from accuracy import assert_accurate, random_weight
 from normtweak_kernels import hessian_update, launch
@@ -21,6 +20,7 @@ from normtweak_kernels.dequant_gemm.triton_gemv import gemv
 from normtweak_kernels.gptq_block_update import reference as update_reference
 from normtweak_kernels.hessian_update import reference as hessian_reference
 from normtweak_kernels.launch import DequantGemmGpu, DequantGemvGpu
+from triton_faults import plant, sites
 
 TARGET = 0.9
 
