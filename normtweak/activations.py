@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -205,6 +205,27 @@ class Passes:
     def of_float(self) -> Tensor:
         """Send the float model's own activations; the output [S, L, H]."""
         return self._send("float")
+
+    @torch.no_grad()
+    def until(self, modules: Collection[nn.Module]) -> None:
+        """Send what the quantized blocks before gave, each batch no further than to where the last of some of the block's modules is called, once each."""
+        stream, waiting = self.stream("quantized"), set[int]()
+
+        def called(module: nn.Module, args: tuple[Any, ...]) -> None:
+            waiting.discard(id(module))
+            if not waiting:
+                raise _Enough
+
+        # Hooks run in the order of their registration: who watches the modules has seen the last one's input by then.
+        handles = [module.register_forward_pre_hook(called) for module in modules]
+        try:
+            for rows in stream.starts():
+                waiting.update(map(id, modules))
+                with suppress(_Enough):
+                    stream.call(self.block, self.index, rows)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def output(self, name: str) -> Tensor:
         """What the float block makes [S, L, H] of the stream "quantized" or "float"."""

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import normtweak
 from normtweak import QuantizeConfig, models
+from normtweak.activations import Passes
 from normtweak.linear import PackedLinear
 from normtweak_kernels import packing
 from small_models import make_model
@@ -379,3 +380,16 @@ def test_packed_shapes_are_as_announced(small_model, tmp_path):
     headers = sum(int.from_bytes(file.read_bytes()[:8], "little") + 8 for file in (tmp_path / "out").glob("*.safetensors"))
     assert report.packed_size - headers == pytest.approx(plan_size, rel=0.02)
     assert packing.packed_shape(64, 96, 3) == (4, 9, 16)
+
+
+@pytest.mark.parametrize(("model_type", "settings"), [("llama", {}), ("mixtral", {"num_local_experts": 4}), ("opt", {})])
+def test_passes_that_end_at_the_last_linear_that_is_wanted_find_the_same_codes(model_type, settings, tmp_path, monkeypatch):
+    model, until, ends = make_model(tmp_path / "float", model_type, **settings), Passes.until, []
+    monkeypatch.setattr(Passes, "until", lambda self, modules: ends.append(len(modules)) or until(self, modules))
+    run(model, tmp_path / "short", group_size=32, tweak=None)
+    assert ends
+    monkeypatch.setattr(Passes, "until", lambda self, modules: self())
+    run(model, tmp_path / "whole", group_size=32, tweak=None)
+    short, whole = tensors_of(tmp_path / "short"), tensors_of(tmp_path / "whole")
+    assert short.keys() == whole.keys()
+    assert all(torch.equal(short[name], whole[name]) for name in short)

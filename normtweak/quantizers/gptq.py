@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -40,14 +41,17 @@ class GPTQ(Quantizer):
         """
         configs = {name: own for name in linears if (own := config.for_module(name))}
         chosen = {name: linears[name] for name in configs}
-        stages, float_inputs = self._look(chosen, run, config)
+        stages, float_inputs, repeated = self._look(chosen, run, config)
         result: dict[str, QuantizedWeight] = {}
         starved: list[str] = []
         with restored(chosen):
             for stage in stages:
                 collector = HessianCollector({name: linears[name] for name in stage}, float_inputs)
                 with collector.attached():
-                    run()
+                    if isinstance(run, Passes) and len(stages) > 1 and not any(repeated[name] for name in stage):
+                        run.until([linears[name] for name in stage])
+                    else:
+                        run()
                 for inputs in collector.shared():
                     found = _solve(inputs, chosen, configs, config)
                     if inputs.hessian is None:
@@ -60,21 +64,24 @@ class GPTQ(Quantizer):
             logger.warning("gptq: too few calibration tokens (of how many needed) were routed to %s; rounded to nearest", ", ".join(starved))
         return {name: result[name] for name in configs}
 
-    def _look(self, linears: Mapping[str, nn.Linear], run: Run, config: QuantizeConfig) -> tuple[list[list[str]], Mapping[str, list[Tensor]]]:
-        """What is quantized together, in order, and the linears' inputs in the float model where they are asked for."""
+    def _look(
+        self, linears: Mapping[str, nn.Linear], run: Run, config: QuantizeConfig
+    ) -> tuple[list[list[str]], Mapping[str, list[Tensor]], Mapping[str, bool]]:
+        """What is quantized together, in order; the linears' inputs in the float model where they are asked for; whether a linear is called repeatedly."""
         if not isinstance(run, Passes):  # a single linear, whose inputs nothing before it changes
-            return [list(linears)], {}
+            return [list(linears)], {}, {}
         corrected = config.correction > 0 and run.has_float
         if not corrected and not config.sequential:
-            return [list(linears)], {}
-        leaders, inputs = watch(linears, run.of_float if corrected else run, keep=corrected)
+            return [list(linears)], {}, {}
+        leaders, inputs, calls = watch(linears, run.of_float if corrected else run, keep=corrected)
         if not config.sequential:
-            return [list(linears)], inputs
+            return [list(linears)], inputs, {}
         stages: dict[str, list[str]] = {}
         for name in [*leaders, *(name for name in linears if name not in leaders)]:
             # experts' namesakes go together
             stages.setdefault(re.sub(r"\d+", "", leaders.get(name, name)), []).append(name)
-        return list(stages.values()), inputs
+        batches = len(list(run.stream("quantized").starts()))
+        return list(stages.values()), inputs, {name: calls[name] > batches for name in linears}
 
 
 def _solve(
@@ -108,13 +115,14 @@ def restored(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
             linears[name].weight.data = weight
 
 
-def watch(linears: Mapping[str, nn.Linear], run: Callable[[], object], *, keep: bool) -> tuple[dict[str, str], dict[str, list[Tensor]]]:
-    """For each linear in the order of its first call in a pass, the first one that is handed the same tensor; and their inputs [T, K], call by call.
+def watch(linears: Mapping[str, nn.Linear], run: Callable[[], object], *, keep: bool) -> tuple[dict[str, str], dict[str, list[Tensor]], Counter[str]]:
+    """For each linear in the order of its first call in a pass, the first one that is handed the same tensor; their inputs [T, K], call by call; how many calls.
 
     Inputs are kept (if `keep`) on the host, in the dtype that they are multiplied in, once for linears that are called one after the other with the same.
     """
     leaders: dict[str, str] = {}
     inputs: dict[str, list[Tensor]] = {}
+    calls: Counter[str] = Counter()
     last: list[tuple[Tensor, str, Tensor | None]] = []
 
     def hook(name: str):
@@ -123,6 +131,7 @@ def watch(linears: Mapping[str, nn.Linear], run: Callable[[], object], *, keep: 
                 last[:] = [(args[0], name, multiplied(args[0]).cpu() if keep else None)]
             _, leader, x = last[0]
             leaders.setdefault(name, leader)
+            calls[name] += 1
             # a router may send other tokens to an expert when it is asked again
             if x is not None and not isinstance(module, RoutedLinear):
                 inputs.setdefault(name, []).append(x)
@@ -135,4 +144,4 @@ def watch(linears: Mapping[str, nn.Linear], run: Callable[[], object], *, keep: 
     finally:
         for handle in handles:
             handle.remove()
-    return leaders, inputs
+    return leaders, inputs, calls
