@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..config import BITS, require
+from normtweak_kernels import packing
+
+from ..config import require
 from ..linear import PackedLinear
 
 
@@ -20,7 +22,7 @@ class Scheme:
     symmetric: bool
 
     def __post_init__(self) -> None:
-        require(type(self.bits) is int and self.bits in BITS, "load", "bits", "one of 2, 3, 4, 8", self.bits)
+        require(type(self.bits) is int and self.bits in packing.BITS, "load", "bits", "one of 2, 3, 4, 8", self.bits)
         require(type(self.group_size) is int and (self.group_size == -1 or self.group_size >= 1), "load", "group_size", "-1 or more", self.group_size)
 
     def __str__(self) -> str:
