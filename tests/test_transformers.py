@@ -153,8 +153,8 @@ def test_the_whole_recipe_on_the_spot(small_model, tmp_path):
 
 
 def test_settings_are_checked_when_they_are_made(small_model):
-    with pytest.raises(ValueError, match="QuantizeConfig: bits must be one of 2, 3, 4, 8, got 5"):
-        NormTweakConfig(bits=5)
+    with pytest.raises(ValueError, match="QuantizeConfig: bits must be one of 2, 3, 4, 5, 8, got 6"):
+        NormTweakConfig(bits=6)
     with pytest.raises(ValueError, match="QuantizeConfig: key must be one of .*, got grup_size"):
         NormTweakConfig(grup_size=64)
     with pytest.raises(ValueError, match="NormTweakConfig: activations must be one of"):

@@ -79,7 +79,7 @@ class NormTweakConfig(QuantizationConfigMixin):
         """What config.json is to say: of a checkpoint its own settings, else the recipe."""
         if self.stored is not None:
             return copy.deepcopy(self.stored)
-        return {"quant_method": METHOD, "activations": self.activations} | self.recipe.to_dict()
+        return self.recipe.to_dict() | {"quant_method": METHOD, "activations": self.activations}
 
 
 @register_quantizer(METHOD)
