@@ -196,6 +196,11 @@ class Passes:
         """Whether the float model's own activations are kept."""
         return self._streams["float"] is not None
 
+    @property
+    def batches(self) -> int:
+        """How many batches a pass has."""
+        return len(list(self.stream("quantized").starts()))
+
     def __call__(self, sequences: int | None = None) -> Tensor:
         """Send what the quantized blocks before gave, of the first `sequences` sequences or all; the output [S, L, H]."""
         if sequences is not None:

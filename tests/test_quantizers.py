@@ -128,8 +128,13 @@ class TwoStreams(Passes):
     def has_float(self):
         return self.exact is not None
 
+    batches = 1
+
     def __call__(self):
         self.block(self.x)
+
+    def until(self, modules):
+        self()
 
     def of_float(self):
         self.block(self.exact)

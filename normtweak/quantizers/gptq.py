@@ -80,8 +80,7 @@ class GPTQ(Quantizer):
         for name in [*leaders, *(name for name in linears if name not in leaders)]:
             # experts' namesakes go together
             stages.setdefault(re.sub(r"\d+", "", leaders.get(name, name)), []).append(name)
-        batches = len(list(run.stream("quantized").starts()))
-        return list(stages.values()), inputs, {name: calls[name] > batches for name in linears}
+        return list(stages.values()), inputs, {name: calls[name] > run.batches for name in linears}
 
 
 def _solve(
