@@ -55,7 +55,7 @@ def quantize_blocks(
     path: str,
     count: int,
     open_block: Callable[[int], nn.Module],
-    close_block: Callable[[int, nn.Module], None],
+    close_block: Callable[[int, nn.Module, dict[str, Tensor]], None],
     stream: Stream | None,
     config: QuantizeConfig,
     progress: Progress,
@@ -64,7 +64,8 @@ def quantize_blocks(
     """Quantize and tweak `count` blocks in order; gives what happened to each, and behind the last one the stream and the float model's own
     (None when neither tweak nor polish looks at it).
 
-    path: of the blocks in the model. open_block(l): block l with its float weights. close_block(l, block): called when block l is final, its linears packed.
+    path: of the blocks in the model. open_block(l): block l with its float weights. close_block(l, block, norms): called when block l is final, its linears packed; norms: its norm parameters, by name, as
+    they were before the tweak (none without one).
     stream: what the first block is given (None when the configuration looks at no text). family: what is known of the model's.
     Raises ValueError, naming it, for a block without linears or norms.
     """
@@ -97,11 +98,13 @@ def quantize_blocks(
 
             # 11-16: tweak; 17: the tweaked quantized output goes on
             tweaked: tuple[float, float, float] | tuple[()] = ()
+            untweaked: dict[str, Tensor] = {}
             if stream is not None:
                 if tweak and target is not None:
+                    untweaked = {p.name: p.start for p in norms.norm_parameters(block, relative=True)}
                     tweaked = tweak_block(block, index, count, stream, target, tweak, config.seed)
                 stream = stream.moved(stream.through(block, index))
-            close_block(index, block)
+            close_block(index, block, untweaked)
             reports.append(BlockReport(index, time.perf_counter() - began, *tweaked))
             advance(str(reports[-1]))
     return reports, stream, float_stream

@@ -97,13 +97,14 @@ def quantize(
                     tokens, report.calibration = text.tokens, text.report
                     release()  # the whole float model, which wrote the text, goes before the blocks come
             with stages("blocks"):
-                report.blocks, stream, float_stream = _run_blocks(plan, tokens, writer, progress)
+                untweaked: dict[str, Tensor] = {}
+                report.blocks, stream, float_stream = _run_blocks(plan, tokens, untweaked, writer, progress)
                 _write_rest(plan, _quantize_head(plan, tokens, stream, progress), writer)
             del stream
             if config.polish and tokens is not None and float_stream is not None:
                 release()
                 with stages("polish"):
-                    report.polish = _polish(plan, config.polish, tokens, float_stream, writer, progress)
+                    report.polish = _polish(plan, config.polish, tokens, float_stream, untweaked, writer, progress)
             report.float_size = plan.float_size
             recipe = _recipe(model, config, tokens, report) | {"sizes": {"packed": writer.size, "float": plan.float_size}}
             writer.write_json(RECIPE, recipe)
@@ -255,7 +256,8 @@ def calibration_text(folder: ModelFolder, config: QuantizeConfig | RetweakConfig
 _Blocks = tuple[list[BlockReport], Stream | None, Stream | None]
 
 
-def _run_blocks(plan: _Plan, tokens: Tensor | None, writer: CheckpointWriter, progress: Progress) -> _Blocks:
+def _run_blocks(plan: _Plan, tokens: Tensor | None, untweaked: dict[str, Tensor], writer: CheckpointWriter, progress: Progress) -> _Blocks:
+    """Every block quantized, tweaked and written. untweaked: is given the norms from before the tweak, by name."""
     config = plan.config
     stream = None
     if tokens is not None:
@@ -264,8 +266,9 @@ def _run_blocks(plan: _Plan, tokens: Tensor | None, writer: CheckpointWriter, pr
             hidden = embed_all(calls, tokens, size, also=range(1, max(size, tweaked) + 1))
         stream = Stream(hidden, calls, size, plan.precision, plan.device)
 
-    def close_block(index: int, block: nn.Module) -> None:
+    def close_block(index: int, block: nn.Module, before: dict[str, Tensor]) -> None:
         place = f"{plan.path}.{index}."
+        untweaked.update({place + name: value for name, value in before.items()})
         packed = {name: module for name, module in block.named_modules() if isinstance(module, PackedLinear)}
         tensors: dict[str, Tensor] = {}
         for name, module in packed.items():
@@ -302,12 +305,23 @@ def _quantize_head(plan: _Plan, tokens: Tensor | None, stream: Stream | None, pr
     return plan.written_packed(plan.head, PackedLinear.from_weight(weight, head.bias))
 
 
-def _polish(plan: _Plan, config: PolishConfig, tokens: Tensor, float_stream: Stream, writer: CheckpointWriter, progress: Progress) -> PolishReport:
+def _polish(
+    plan: _Plan,
+    config: PolishConfig,
+    tokens: Tensor,
+    float_stream: Stream,
+    untweaked: dict[str, Tensor],
+    writer: CheckpointWriter,
+    progress: Progress,
+) -> PolishReport:
     """Polish the norms of the checkpoint that has been written so far."""
     model = models.load(writer.partial, dtype=torch.float32, device=plan.device)
     blocks = model.get_submodule(plan.path)
-    report, values = polish(model, blocks, tokens, float_stream.hidden, config, dtype=plan.precision, seed=plan.config.seed, progress=progress)
-    if report.accepted:
+    report, values = polish(
+        model, blocks, tokens, float_stream.hidden, config,
+        dtype=plan.precision, seed=plan.config.seed, progress=progress, untweaked=untweaked,
+    )  # fmt: skip
+    if report.accepted or report.undone:
         writer.replace({plan.written_name(name): value for name, value in values.items()})
     return report
 

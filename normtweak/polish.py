@@ -31,17 +31,21 @@ POLISH_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 
 @dataclass(frozen=True)
 class PolishReport:
-    """KL(float || packed) per token on held-out calibration text before and after (nats), whether the norms were changed, and the learning rate."""
+    """KL(float || packed) per token on held-out calibration text before and after (nats), whether the polish changed the norms, and its learning rate.
+
+    undone: whether the norms from before the layer-wise tweak did better there, and came back before the polish.
+    """
 
     kl_before: float
     kl_after: float
     accepted: bool
     rate: float
+    undone: bool = False
 
     def __str__(self) -> str:
-        return f"KL to float {self.kl_before:.4f} -> {self.kl_after:.4f} at rate {self.rate:g}" + (
-            "" if self.accepted else ", not accepted: norms are left as they were"
-        )
+        line = f"KL to float {self.kl_before:.4f} -> {self.kl_after:.4f} at rate {self.rate:g}"
+        line += "" if self.accepted else ", not accepted: norms are left as they were"
+        return line + (", the layer-wise tweak undone" if self.undone else "")
 
 
 def polish(
@@ -55,11 +59,13 @@ def polish(
     seed: int = 0,
     progress: Progress,
     float_values: dict[str, Tensor] | None = None,
+    untweaked: dict[str, Tensor] | None = None,
 ) -> tuple[PolishReport, dict[str, Tensor]]:
     """Polish the norms of a packed causal model in place.
 
     blocks: the model's list of decoder blocks. tokens: int64 [S, L]. float_hidden: the float model's last block output for them, float32 [S, L, H].
     float_values: norm parameters that the float model has behind its blocks; None where the packed model begins with the same. dtype: of matrix products.
+    untweaked: norm parameters from before a layer-wise tweak, by name: the polish begins with them where held-out sequences like them no less than the tweaked ones.
     Memory: the packed model, and of one sequence the activations that enter each block, one block's own, and two sets of logits. Returns the report and the norm parameters by name, float32: changed ones, or the old where held-out text got no better.
     Raises ValueError when the loss isn't finite.
     """
@@ -69,6 +75,13 @@ def polish(
     objective = _Objective(model, blocks, tokens, float_hidden, start | (float_values or {}), dtype)
     trained, held_out = split_rows(len(tokens), config.held_out)
     before = objective.mean(held_out)
+    undone = False
+    if untweaked:
+        norms.assign(model, untweaked)
+        plain = objective.mean(held_out)
+        undone = plain <= before
+        before, start = (plain, start | untweaked) if undone else (before, start)
+        norms.assign(model, start)
     rate = config.learning_rate or _find_rate(model, objective, trained, held_out, config, seed, progress)
     _descend(model, objective, trained, config, rate, seed, progress)
     after = objective.mean(held_out)
@@ -79,7 +92,7 @@ def polish(
     if not accepted:
         norms.assign(model, start)
     model.requires_grad_(False)
-    report = PolishReport(before, after if accepted else before, accepted, rate)
+    report = PolishReport(before, after if accepted else before, accepted, rate, undone)
     return report, {name: parameter.detach() for name, parameter in own.items()}
 
 

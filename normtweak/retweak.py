@@ -79,7 +79,7 @@ def tweak(
             values, float_hidden = _tweak_blocks(packed, exact, tokens, config, report, progress)
             if config.polish:
                 release()
-                values |= _polish(packed, exact, values, tokens, float_hidden, config, report, progress)
+                values = _polish(packed, exact, values, tokens, float_hidden, config, report, progress)
             report.changed = sorted(values)
             _write(packed.folder, values, writer)
             _write_notes(packed.folder, config, report, writer)
@@ -156,19 +156,19 @@ def _polish(
     packed: PackedReader, exact: BlockReader, values: dict[str, Tensor], tokens: Tensor, float_hidden: Tensor, config: RetweakConfig,
     report: RetweakReport, progress: Progress,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The norms that the polish changed, by name."""
+    """The norms that tweak and polish changed, by name."""
     assert config.polish is not None
     model = models.load(packed.folder.path, dtype=torch.float32, device=packed.device)
+    untweaked = {p.name: p.start for p in norms.norm_parameters(model, relative=True)}
     norms.assign(model, values)
-    names = [p.name for p in norms.norm_parameters(model, relative=True)]
-    start = {name: model.get_parameter(name).detach().clone() for name in names}
     find, read = exact.folder.weights.find, exact.folder.weights.read
-    behind = {name: read(str(find(name))).float().to(packed.device) for name in names if not name.startswith(f"{packed.path}.")}
+    behind = {name: read(str(find(name))).float().to(packed.device) for name in untweaked if not name.startswith(f"{packed.path}.")}
     report.polish, found = polish(
         model, model.get_submodule(packed.path), tokens, float_hidden, config.polish,
         dtype=compute_dtype(config.compute_dtype, packed.device), seed=config.seed, progress=progress, float_values=behind,
+        untweaked={name: untweaked[name] for name in values},
     )  # fmt: skip
-    return {name: value for name, value in found.items() if not torch.equal(value, start[name])}
+    return {name: value for name, value in found.items() if not torch.equal(value, untweaked[name])}
 
 
 def _write(folder: ModelFolder, values: dict[str, Tensor], writer: CheckpointWriter) -> None:

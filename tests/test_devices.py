@@ -52,7 +52,7 @@ def test_the_loop_keeps_host_and_gpu_apart(small_model, method, target_stream):
     stream = Stream(embed_all(calls, tokens, 2, also=(1, 2)), calls, 2, torch.float32, GPU)
     closed = []
 
-    def close(index, block):
+    def close(index, block, norms):
         packed = [module for module in block.modules() if isinstance(module, PackedLinear)]
         assert packed and all(t.device == GPU for module in packed for t in module.buffers())
         form = formats.open_format(formats.describe("gptq", {"x": formats.Scheme.of(packed[0])}, []))

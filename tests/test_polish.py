@@ -162,3 +162,17 @@ def test_presets():
     assert QuantizeConfig.preset("default", tweak=None).polish is None
     assert QuantizeConfig.preset("default", polish=None).polish is None
     assert QuantizeConfig.preset("paper").polish is None
+
+
+def test_a_tweak_that_leads_away_from_the_float_model_is_undone(small_model, tmp_path):
+    ruinous = {"learning_rate": 0.5, "reject_worse": False, "schedule": "constant"}
+    tiny = {"learning_rate": 1e-9}
+    report = run(small_model, tmp_path / "undone", method="rtn", bits=4, tweak=ruinous, polish=tiny)
+    assert report.polish.undone
+    assert "the layer-wise tweak undone" in str(report.polish)
+    stored, exact = tensors_of(tmp_path / "undone"), tensors_of(small_model)
+    for name, value in exact.items():
+        if "layernorm" in name:
+            torch.testing.assert_close(stored[name].float(), value.float(), rtol=1e-5, atol=1e-5)
+    kept = run(small_model, tmp_path / "kept", method="rtn", bits=2, tweak={"learning_rate": 2e-3, "iterations": 4}, polish=tiny)
+    assert not kept.polish.undone
