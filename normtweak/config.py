@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .checks import from_dict, one_of, require
 
 BITS = (2, 3, 4, 5, 8)
 METHODS = ("gptq", "rtn", "awq", "smoothquant", "autoround")
@@ -17,16 +18,6 @@ METHODS = ("gptq", "rtn", "awq", "smoothquant", "autoround")
 def stored_bits(bits: int) -> int:
     """In how many bits a code is stored: no checkpoint format has 5-bit codes, so they go as 8-bit codes of which 32 are used."""
     return 8 if bits == 5 else bits
-
-
-def require(condition: bool, where: str, argument: str, wanted: str, got: object) -> None:
-    """Raise the house's ValueError, `where: argument must be wanted, got got`, unless `condition` holds."""
-    if not condition:
-        raise ValueError(f"{where}: {argument} must be {wanted}, got {got}")
-
-
-def _one_of(where: str, argument: str, value: object, choices: tuple[object, ...]) -> None:
-    require(value in choices, where, argument, "one of " + ", ".join(map(str, choices)), value)
 
 
 @dataclass(frozen=True)
@@ -128,13 +119,13 @@ class TweakConfig:
 
     def __post_init__(self) -> None:
         where = "TweakConfig"
-        _one_of(where, "loss", self.loss, ("channel", "channel_squared", "token_mse", "mse", "kl"))
-        _one_of(where, "target_stream", self.target_stream, ("float", "quantized"))
-        _one_of(where, "step", self.step, ("relative", "absolute"))
+        one_of(where, "loss", self.loss, ("channel", "channel_squared", "token_mse", "mse", "kl"))
+        one_of(where, "target_stream", self.target_stream, ("float", "quantized"))
+        one_of(where, "step", self.step, ("relative", "absolute"))
         _check_rate(where, self.learning_rate)
         require(self.learning_rate is not None or self.held_out > 0, where, "held_out", "above 0 to find a learning rate", self.held_out)
         require(self.depth_scale >= 0, where, "depth_scale", "0 or more", self.depth_scale)
-        _one_of(where, "schedule", self.schedule, ("constant", "linear"))
+        one_of(where, "schedule", self.schedule, ("constant", "linear"))
         require(0 <= self.held_out <= 0.5, where, "held_out", "0 to 0.5", self.held_out)
         require(self.iterations >= 1, where, "iterations", "1 or more", self.iterations)
         require(self.batch_size >= 1, where, "batch_size", "1 or more", self.batch_size)
@@ -259,27 +250,27 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         where = "QuantizeConfig"
-        _one_of(where, "bits", self.bits, BITS)
+        one_of(where, "bits", self.bits, BITS)
         _check_group_size(where, self.group_size)
         for pattern in self.skip:
             _check_pattern(where, "skip", pattern)
-        _one_of(where, "method", self.method, METHODS)
-        _one_of(where, "rounding", self.rounding, ("nearest", "gptq"))
+        one_of(where, "method", self.method, METHODS)
+        one_of(where, "rounding", self.rounding, ("nearest", "gptq"))
         chosen = self.method in ("awq", "smoothquant")
         require(self.rounding == "nearest" or chosen, where, "rounding", f"nearest for {self.method}, which rounds in its own way", self.rounding)
         require(self.rounding_iterations >= 1, where, "rounding_iterations", "1 or more", self.rounding_iterations)
-        _one_of(where, "activations", self.activations, (None, "auto", "int8_token"))
+        one_of(where, "activations", self.activations, (None, "auto", "int8_token"))
         require(not (self.lm_head and self.method == "autoround"), where, "lm_head", "off with autoround, which learns whole blocks", "on")
         require(0 < self.damp_percent < 1, where, "damp_percent", "a fraction between 0 and 1", self.damp_percent)
         require(self.block_size >= 1, where, "block_size", "1 or more", self.block_size)
         require(0 <= self.clip_steps <= 1000, where, "clip_steps", "0 to 1000", self.clip_steps)
-        _one_of(where, "format", self.format, ("auto", "gptq", "gptq_v2", "compressed-tensors"))
+        one_of(where, "format", self.format, ("auto", "gptq", "gptq_v2", "compressed-tensors"))
         held = self.symmetric or self.format != "gptq"
         require(
             held, where, "format", "auto, gptq_v2 or compressed-tensors for asymmetric codes (gptq, version 1, has no zero point of 0)", self.format
         )
         require(0 <= self.correction <= 1, where, "correction", "0 to 1", self.correction)
-        _one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
+        one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
         require(self.seed >= 0, where, "seed", "0 or more", self.seed)
 
     @classmethod
@@ -288,7 +279,7 @@ class QuantizeConfig:
 
         "default" is the best recipe measured on a real model; "paper" is Algorithm 1 to the letter. Raises ValueError for other names or settings.
         """
-        _one_of("QuantizeConfig", "preset", name, tuple(TWEAK_PRESETS))
+        one_of("QuantizeConfig", "preset", name, tuple(TWEAK_PRESETS))
         tweak = settings.get("tweak", {})
         if isinstance(tweak, dict):
             bits = settings.get("bits", cls.bits)
@@ -302,7 +293,7 @@ class QuantizeConfig:
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> QuantizeConfig:
         """From plain data, nested dictionaries for `tweak` and `calibration`. Raises ValueError for an unknown key or a value of the wrong type."""
-        return _from_dict(cls, settings)
+        return from_dict(cls, settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` takes."""
@@ -358,7 +349,7 @@ class RetweakConfig:
     def __post_init__(self) -> None:
         where = "RetweakConfig"
         require(self.tweak is not None or self.polish is not None, where, "tweak, polish", "given, one of them at least", "neither")
-        _one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
+        one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
         require(self.seed >= 0, where, "seed", "0 or more", self.seed)
 
     @classmethod
@@ -367,7 +358,7 @@ class RetweakConfig:
         tweak = settings.get("tweak", {})
         if isinstance(tweak, dict):
             settings["tweak"] = dataclasses.asdict(_default_tweak(bits)) | tweak
-        return _from_dict(cls, settings)
+        return from_dict(cls, settings)
 
 
 def _default_tweak(bits: int) -> TweakConfig:
@@ -396,35 +387,6 @@ def _paper_tweak(bits: int) -> TweakConfig:
 
 
 TWEAK_PRESETS = {"default": _default_tweak, "paper": _paper_tweak}
-
-
-def _from_dict(cls: Any, settings: Any) -> Any:
-    where = cls.__name__
-    require(isinstance(settings, dict), where, "settings", "a table of names and values", settings)
-    types = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for key, value in settings.items():
-        require(key in types, where, "key", "one of " + ", ".join(types), key)
-        values[key] = _typed(where, key, types[key], value)
-    return cls(**values)
-
-
-def _typed(where: str, key: str, wanted: Any, value: Any) -> Any:
-    if typing.get_origin(wanted) is tuple:
-        require(isinstance(value, list | tuple), where, key, "a list", repr(value))
-        return tuple(_typed(where, key, typing.get_args(wanted)[0], item) for item in value)
-    options: tuple[Any, ...] = typing.get_args(wanted) or (wanted,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        if dataclasses.is_dataclass(option):
-            return value if type(value) is option else _from_dict(option, value)
-        if option is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, option) and (option is not int or not isinstance(value, bool)):
-            return value
-    names = " or ".join(option.__name__ for option in options)
-    raise ValueError(f"{where}: {key} must be {names}, got {value!r}")
 
 
 def check_out_folder(out: Path) -> None:

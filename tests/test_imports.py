@@ -27,7 +27,7 @@ FLOORS = [
     {"folding", "inputs", "rounding"},
     {"losses", "families", "norms", "activations", "linear"},
     {"config", "estimates", "terminal"},
-    {"progress", "memory", "files"},
+    {"progress", "memory", "files", "checks"},
 ]
 SIDEWAYS: set[tuple[str, str]] = set()
 # Heavy or optional packages, and the only files whose business they are.
