@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from normtweak_kernels.dequant_gemm.triton_gemv import chunks_per_thread
 from normtweak_kernels.launch import CHANNEL_LOSS_GPU, DEQUANT_GEMM_GPU, GPTQ_BLOCK_UPDATE_GPU, DequantGemmGpu, DequantGemvGpu, hessian_update_gpu
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -48,7 +49,7 @@ def gemv(target: str, config: DequantGemvGpu, weight: tuple[int, int, bool, str]
     arguments = {
         "x_ptr": f"*{dtype}", "qweight_ptr": "*i32", "scales_ptr": "*fp16", "zeros_ptr": "*u8" if zeros else None, "bias_ptr": f"*{dtype}",
         "y_ptr": f"*{dtype}", "M": 1 if m == 1 else "i32", "N": "i32:16", "K": "i32:16", "GROUP_CHUNKS": group_size // 32, "TAIL": False, "BITS": bits,
-        "BLOCK_M": m, "THREAD_ROWS": lanes * config.num_warps, "CHUNKS": min(config.chunks, group_size // 32 or config.chunks), "CENTRE": 0.0,
+        "BLOCK_M": m, "THREAD_ROWS": lanes * config.num_warps, "CHUNKS": chunks_per_thread(config.chunks, group_size // 32 or config.chunks, bits, m), "CENTRE": 0.0,
     }  # fmt: skip
     problem = {"vars": {"M": m, "N": 4096, "K": 4096}, "flops": "2*M*N*K", "bytes": f"N*K*{bits}//8 + 2*M*(N+K)", "grid": "cdiv(N,16)"}
     return entry("dequant_gemv", "dequant_gemm.triton_gemv:dequant_gemv_fwd_kernel", [target], arguments, {"num_warps": config.num_warps}, problem)

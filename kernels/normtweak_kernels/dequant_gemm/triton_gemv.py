@@ -169,6 +169,11 @@ def dequant_gemv_fwd_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None, None] & mask_n[None])
 
 
+def chunks_per_thread(wanted: int, run: int, bits: int, rows: int) -> int:
+    """How many chunks of K a thread takes at a time: a divisor of a run of chunks with one scale. One where a third plane of bits and four rows of sums leave no registers for more."""
+    return 1 if bits == 3 and rows > 2 else math.gcd(wanted, run)
+
+
 def gemv(
     x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, config: DequantGemvGpu, dtype: torch.dtype
 ) -> Tensor:
@@ -180,7 +185,7 @@ def gemv(
     (m, k), (groups, n) = x.shape, scales.shape
     chunks = -(-k // packing.CHUNK)
     group_chunks = 0 if groups == 1 else k // groups // packing.CHUNK
-    per_thread = math.gcd(config.chunks, group_chunks or chunks)
+    per_thread = chunks_per_thread(config.chunks, group_chunks or chunks, bits, m)
     rows_per_warp = WAVEFRONT // 4 if torch.version.hip else 8
     # A program's threads are no more than there are chunks for.
     num_warps = min(config.num_warps, triton.next_power_of_2(triton.cdiv(2 * chunks, rows_per_warp * per_thread)))
