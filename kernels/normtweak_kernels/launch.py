@@ -214,7 +214,15 @@ DEQUANT_GEMM_GPU = {
     "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=2, backward=_BACKWARD_TWO_STAGES),
     # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth. Its tensor cores are slow beside its other units: 64 rows are enough for them,
     # and larger tiles spill.
-    "sm_120": replace(_SM_86, multiprocessors=170, gemv_max_rows=4, many_rows_first={}, backward=_BACKWARD_TWO_STAGES, backward_first={}),
+    "sm_120": replace(
+        _SM_86,
+        multiprocessors=170,
+        gemv_max_rows=4,
+        many_rows_first={},
+        int8=_SM_86.int8[1:],
+        backward=_BACKWARD_TWO_STAGES,
+        backward_first={},
+    ),
     # MI300X: 64 KB of shared memory; a wavefront of 64 lanes does twice a warp's work. Above 2 rows their sums spill out of the registers, and so do
     # those of a wide gradient.
     "gfx942": replace(
