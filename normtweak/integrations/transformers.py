@@ -101,6 +101,7 @@ class NormTweakQuantizer(HfQuantizer):
         require(bool(checkpoint_files), "from_pretrained", "model", "a folder or on the hub", "a state dictionary")
         assert checkpoint_files is not None
         folder = self._folder = ModelFolder(Path(checkpoint_files[0]).parent)
+        self._names = [name for name, _ in model.named_parameters()]
         if not self.pre_quantized:
             self._check_float(model, device_map)
             return
@@ -114,6 +115,7 @@ class NormTweakQuantizer(HfQuantizer):
                 replace(model, name, _StoredLinear(linear, {leaf: folder.weights.empty(prefix + leaf) for leaf in leaves}))
             elif isinstance(linear, Conv1DLinear):
                 replace(model, name, plain[name])
+        self._names = [name for name, _ in model.named_parameters()]
 
     def _check_float(self, model: Any, device_map: Any) -> None:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -159,11 +161,11 @@ class NormTweakQuantizer(HfQuantizer):
         model.config.tie_word_embeddings = packed.config.tie_word_embeddings
         model.hf_quantizer, model.config.quantization_config = packed.hf_quantizer, packed.hf_quantizer.quantization_config
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Without the steps that merge experts into tensors that the packed model hasn't."""
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Without the steps that merge experts into tensors that the packed model hasn't. (transformers before 5.20 doesn't say which model.)"""
         from transformers.core_model_loading import WeightConverter
 
-        names = [name for name, _ in model.named_parameters()]
+        names = [name for name, _ in model.named_parameters()] if model is not None else self._names
 
         def of_use(step: Any) -> bool:
             return not isinstance(step, WeightConverter) or any(re.search(target, name) for target in step.target_patterns for name in names)
