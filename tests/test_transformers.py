@@ -93,6 +93,15 @@ def test_skipped_experts_load_too(tmp_path):
     assert tensors_of(tmp_path / "saved").keys() == tensors_of(out).keys()
 
 
+def test_transformers_before_5_20_does_not_say_which_model_it_converts_for(tmp_path, monkeypatch):
+    out = pack(make_model(tmp_path / "float", "mixtral"), tmp_path / "out")
+    from normtweak.integrations.transformers import NormTweakQuantizer
+
+    of_model = NormTweakQuantizer.update_weight_conversions
+    monkeypatch.setattr(NormTweakQuantizer, "update_weight_conversions", lambda self, steps, model: of_model(self, steps))
+    assert same(from_pretrained(out), normtweak.load(out))
+
+
 def test_activations_are_chosen_while_loading(packed):
     model = from_pretrained(packed, quantization_config=NormTweakConfig(activations="int8"))
     assert same(model, normtweak.load(packed, activations="int8"))
