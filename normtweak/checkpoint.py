@@ -263,3 +263,9 @@ def write_json(file: Path, data: Any) -> None:
 def stored_activations(quantization: dict[str, Any] | None) -> str:
     """How a checkpoint's activations enter its packed products: what its `meta` says, which other readers pass over, or "auto"."""
     return ((quantization or {}).get("meta") or {}).get("activations", "auto")
+
+
+def written_here(quantization: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with this `quantization_config` was written by normtweak, as its `meta` says."""
+    writers = (quantization.get("meta") or {}).get("quantizer", [])
+    return any(str(name).startswith("normtweak:") for name in ([writers] if isinstance(writers, str) else writers))

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import normtweak
 from normtweak import QuantizeConfig, families, models
 from normtweak.linear import PackedLinear
 from normtweak.norms import gain_offset, is_norm
-from small_models import make_model
+from small_models import make_model, tensors_of
 
 FALCON = {"head_dim": None, "num_key_value_heads": None, "num_kv_heads": 2}
 MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
@@ -62,10 +61,6 @@ def made(tmp_path_factory):
         return known[name]
 
     return make
-
-
-def tensors_of(folder):
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def reference(float_folder, packed_folder):

@@ -12,7 +12,7 @@ from normtweak import QuantizeConfig, models
 from normtweak.activations import Passes
 from normtweak.linear import PackedLinear
 from normtweak_kernels import packing
-from small_models import make_model
+from small_models import make_model, tensors_of
 
 CALIBRATION = {"source": "random", "samples": 6, "length": 24, "batch_size": 4}
 
@@ -20,10 +20,6 @@ CALIBRATION = {"source": "random", "samples": 6, "length": 24, "batch_size": 4}
 def run(model, out, preset="default", **settings):
     settings.setdefault("calibration", CALIBRATION)
     return normtweak.quantize(model, out=out, config=QuantizeConfig.preset(preset, compute_dtype="float32", **settings))
-
-
-def tensors_of(folder):
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import normtweak
 from normtweak import QuantizeConfig, models
@@ -13,7 +12,7 @@ from normtweak.config import PolishConfig
 from normtweak.norms import norm_parameters
 from normtweak.polish import POLISH_RATES, _Divergence, _Objective, polish
 from normtweak.progress import Silent
-from small_models import make_model
+from small_models import make_model, tensors_of
 
 CALIBRATION = {"source": "random", "samples": 8, "length": 24, "batch_size": 4}
 
@@ -21,10 +20,6 @@ CALIBRATION = {"source": "random", "samples": 8, "length": 24, "batch_size": 4}
 def run(folder, out, **settings):
     settings = {"bits": 2, "group_size": 32, "symmetric": False, "tweak": None, "calibration": CALIBRATION, "compute_dtype": "float32"} | settings
     return normtweak.quantize(folder, out=out, config=QuantizeConfig.from_dict(settings))
-
-
-def tensors_of(folder):
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def last_hidden(folder, tokens):

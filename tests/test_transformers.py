@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import normtweak
 from normtweak import NormTweakConfig, PackedLinear
-from small_models import make_model
+from small_models import make_model, tensors_of
 
 TOKENS = torch.arange(2, 34).reshape(2, 16)
 
@@ -182,10 +181,6 @@ def test_settings_survive_their_dictionary():
 
 
 # ---- saving
-
-
-def tensors_of(folder):
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize("load", [from_pretrained, normtweak.load])

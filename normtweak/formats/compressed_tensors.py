@@ -19,7 +19,7 @@ from normtweak_kernels import packing, repack_gptq, repack_to_gptq
 from ..config import require
 from ..linear import PackedLinear
 from .gptq import permutation, stored_scales
-from .scheme import Scheme, commonest, patterns
+from .scheme import Scheme, commonest, packed_scheme, patterns
 
 _METHOD = "compressed-tensors"
 
@@ -68,7 +68,7 @@ class CompressedTensors:
     def read(self, path: str, tensors: Mapping[str, Tensor], n: int, k: int) -> PackedLinear:
         """See `formats.Format`."""
         scales, zeros, perm = self.grid(path, tensors, n, k)
-        bits, words = self._packed_scheme(path).bits, tensors["weight_packed"]
+        bits, words = packed_scheme(path, self.scheme(path)).bits, tensors["weight_packed"]
         # Before version 0.10 three bits were packed ten to a word.
         shape = (n, -(-k * bits // 32))
         good = tuple(words.shape) == shape and words.dtype == torch.int32
@@ -81,7 +81,7 @@ class CompressedTensors:
 
     def grid(self, path: str, tensors: Mapping[str, Tensor], n: int, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See `formats.Format`."""
-        scheme = self._packed_scheme(path)
+        scheme = packed_scheme(path, self.scheme(path))
         wanted = {"weight_scale"} | (set() if scheme.symmetric else {"weight_zero_point"})
         missing = wanted - set(tensors)
         require(not missing, "load", path, "packed with " + " and ".join(sorted(wanted)), f"no {', '.join(sorted(missing))}")
@@ -98,12 +98,6 @@ class CompressedTensors:
             require(zeros.shape == scales.shape, path, "weight_zero_point", f"of {len(scales)} columns", len(zeros))
         return scales, zeros, permutation(path, tensors.get("weight_g_idx"), scheme, k)
 
-    def _packed_scheme(self, path: str) -> Scheme:
-        scheme = self.scheme(path)
-        require(scheme is not None, "load", path, "packed only where the configuration doesn't leave it out", "packed weights")
-        assert scheme is not None
-        return scheme
-
     def check(self, path: str, scales: Tensor, zeros: Tensor | None, perm: Tensor | None) -> None:
         """See `formats.Format`. Groups of scattered inputs are held no more: today's loaders know no weight_g_idx."""
         require(perm is None, "formats", path, f"of groups that lie side by side for format {_METHOD}", "act-order groups (g_idx)")
@@ -117,7 +111,7 @@ class CompressedTensors:
             "weight_scale": linear.scales.t().contiguous(),
             "weight_shape": torch.tensor([n, k]),
         }
-        if not self._packed_scheme(path).symmetric:
+        if not packed_scheme(path, self.scheme(path)).symmetric:
             zeros = torch.full_like(linear.scales, 2 ** (bits - 1), dtype=torch.uint8) if linear.zeros is None else linear.zeros
             tensors["weight_zero_point"] = packing.pack_gptq_zeros(zeros, bits, v2=True).t().contiguous()
         return tensors if linear.bias is None else tensors | {"bias": linear.bias.data}

@@ -18,7 +18,7 @@ from normtweak_kernels import packing, repack_gptq, repack_to_gptq
 
 from ..config import require
 from ..linear import PackedLinear
-from .scheme import Scheme, commonest, patterns
+from .scheme import Scheme, commonest, packed_scheme, patterns
 
 
 class GPTQ:
@@ -65,7 +65,7 @@ class GPTQ:
     def read(self, path: str, tensors: Mapping[str, Tensor], n: int, k: int) -> PackedLinear:
         """See `formats.Format`."""
         scales, zeros, perm = self.grid(path, tensors, n, k)
-        bits = self._packed_scheme(path).bits
+        bits = packed_scheme(path, self.scheme(path)).bits
         qweight = tensors["qweight"]
         require(qweight.shape[1:] == (n,), path, "qweight", f"of {n} columns", tuple(qweight.shape))
         try:
@@ -79,7 +79,7 @@ class GPTQ:
 
     def grid(self, path: str, tensors: Mapping[str, Tensor], n: int, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See `formats.Format`."""
-        scheme = self._packed_scheme(path)
+        scheme = packed_scheme(path, self.scheme(path))
         missing = {"qzeros", "scales"} - set(tensors)
         require(not missing, "load", path, "packed with qweight, qzeros and scales", f"no {', '.join(sorted(missing))}")
         scales = stored_scales(path, tensors["scales"])
@@ -93,12 +93,6 @@ class GPTQ:
         require("g_idx" in tensors or not scattered, "load", path, "packed with g_idx, as desc_act is on", "none")
         perm = permutation(path, tensors.get("g_idx"), scheme, k)
         return scales, None if bool((zeros == 2 ** (scheme.bits - 1)).all()) else zeros, perm
-
-    def _packed_scheme(self, path: str) -> Scheme:
-        scheme = self.scheme(path)
-        require(scheme is not None, "load", path, "packed only where the configuration doesn't leave it out", "packed weights")
-        assert scheme is not None
-        return scheme
 
     def check(self, path: str, scales: Tensor, zeros: Tensor | None, perm: Tensor | None) -> None:
         """See `formats.Format`. Version 1 holds no zero of 0: loaders differ in what they make of the -1 that it would be."""

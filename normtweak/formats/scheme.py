@@ -40,6 +40,13 @@ class Scheme:
         return 1 if self.group_size == -1 else -(-k // self.group_size)
 
 
+def packed_scheme(path: str, scheme: Scheme | None) -> Scheme:
+    """What the configuration says of a linear that has codes. Raises ValueError, naming it, where it says that it has none."""
+    require(scheme is not None, "load", path, "packed only where the configuration doesn't leave it out", "packed weights")
+    assert scheme is not None
+    return scheme
+
+
 def commonest(schemes: Mapping[str, Scheme]) -> list[Scheme]:
     """The different schemes of some linears, the most frequent first."""
     return [scheme for scheme, _ in Counter(schemes.values()).most_common()]

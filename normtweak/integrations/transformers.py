@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from normtweak_kernels.dequant_gemm import ACTIVATIONS
 
 from .. import formats
-from ..checkpoint import stored_activations
+from ..checkpoint import stored_activations, written_here
 from ..config import QuantizeConfig, require
 from ..linear import Conv1DLinear, PackedLinear, quantizable_linears, replace
 from ..models import ModelFolder, load, packed_linears
@@ -219,11 +219,6 @@ def _check_one_device(device_map: Any) -> None:
     require(one, "from_pretrained", "device_map", "one device while a model is quantized on the spot (save it, then load it on several)", device_map)
 
 
-def _written_here(stored: Any) -> bool:
-    writers = (stored.get("meta") or {}).get("quantizer", []) if isinstance(stored, dict) else []
-    return any(str(name).startswith("normtweak:") for name in ([writers] if isinstance(writers, str) else writers))
-
-
 _merge = AutoHfQuantizer.merge_quantization_configs
 
 
@@ -231,7 +226,7 @@ def _merge_configs(stored: Any, passed: Any) -> Any:
     """transformers' choice of a quantizer for a checkpoint, `stored` its settings and `passed` what the user gave: ours where it is ours or asked for."""
     if isinstance(passed, NormTweakConfig):
         return NormTweakConfig.of_checkpoint(stored if isinstance(stored, dict) else stored.to_dict(), passed.activations)
-    return NormTweakConfig.of_checkpoint(stored) if passed is None and _written_here(stored) else _merge(stored, passed)
+    return NormTweakConfig.of_checkpoint(stored) if passed is None and isinstance(stored, dict) and written_here(stored) else _merge(stored, passed)
 
 
 AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge_configs)  # type: ignore[assignment, method-assign]

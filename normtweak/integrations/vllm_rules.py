@@ -9,6 +9,7 @@ from typing import Any
 from normtweak_kernels.packing import BITS
 
 from .. import formats
+from ..checkpoint import written_here
 from ..config import require
 
 NAME = "normtweak"
@@ -37,10 +38,8 @@ def claims(settings: Mapping[str, Any], asked: str | None) -> bool:
     method = str(settings.get("quant_method", "")).lower()
     if asked not in (None, NAME) or method not in (NAME, "gptq"):
         return False
-    quantizers = (settings.get("meta") or {}).get("quantizer", [])
-    written = any(str(name).startswith(f"{NAME}:") for name in ([quantizers] if isinstance(quantizers, str) else quantizers))
     bits = {settings.get("bits"), *(own.get("bits") for own in (settings.get("dynamic") or {}).values() if own)}
-    return method == NAME or asked == NAME or written or not bits.isdisjoint(FEW_BITS)
+    return method == NAME or asked == NAME or written_here(settings) or not bits.isdisjoint(FEW_BITS)
 
 
 def check_settings(settings: dict[str, Any]) -> None:
