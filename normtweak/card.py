@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import models
-from .checkpoint import RECIPE, write_json, write_text
+from .checkpoint import RECIPE, stored_activations, write_json, write_text
 from .config import require
 
 FILE = "README.md"
@@ -33,8 +33,10 @@ def render(recipe: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
     front += [f"  group_size: {group_size}", f"  symmetric: {str(symmetric).lower()}", "---"]
     groups = "a scale per output channel" if group_size == -1 else f"groups of {group_size}"
     kind = "symmetric" if symmetric else "asymmetric"
+    activations = stored_activations(quantization)
+    kept = "Activations aren't quantized." if activations == "auto" else f"Activations are rounded as they are multiplied ({activations})."
     lines = [*front, "", f"# {base or 'A packed model'}, {bits} bits", ""]
-    lines += [f"{bits}-bit weights, {groups}, {kind}, in the format {form}. Activations aren't quantized. `config.json` says what differs by module."]
+    lines += [f"{bits}-bit weights, {groups}, {kind}, in the format {form}. {kept} `config.json` says what differs by module."]
     return "\n".join([*lines, *_made(recipe), *_measured(recipe), *_loading(method, bits, symmetric)]) + "\n"
 
 
