@@ -48,6 +48,7 @@ def test_which_checkpoints_are_taken(settings, asked, taken):
         ({"group_size": 0}, "quantization_config: group_size must be -1 or positive, got 0"),
         ({"checkpoint_format": "marlin"}, "quantization_config: checkpoint_format must be gptq or gptq_v2, got marlin"),
         ({"desc_act": True, "meta": {}}, "quantization_config: desc_act must be false"),
+        ({"meta": {"activations": "int4"}}, "quantization_config: activations must be one of auto, int16, int8, int8_token, got int4"),
         ({"dynamic": {"+:.*down_proj": {"bits": 6}}}, "quantization_config: bits must be one of 2, 3, 4, 8, got 6"),
     ],
 )

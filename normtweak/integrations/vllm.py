@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from ..checkpoint import stored_activations
 from ..config import require
 from ..shards import STORED, Shard, check_order, first_row
 from .vllm_rules import NAME, Packing, check_settings, claims, packings, part_names, version_problem
@@ -115,7 +116,8 @@ class NormTweakVllmConfig(QuantizationConfig):
             return None
         found = packings(self.settings, names, self.stored)
         if None not in found:
-            return NormTweakLinearMethod(prefix, found, v2=self.settings.get("checkpoint_format") == "gptq_v2")
+            v2 = self.settings.get("checkpoint_format") == "gptq_v2"
+            return NormTweakLinearMethod(prefix, found, v2=v2, activations=stored_activations(self.settings))
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 
@@ -125,8 +127,8 @@ class NormTweakLinearMethod(LinearMethodBase):
     Parts that are packed alike lie in one packed weight; others have one each, and their outputs are put side by side.
     """
 
-    def __init__(self, path: str, parts: list[Packing], *, v2: bool) -> None:
-        self.path, self.parts, self.v2 = path, parts, v2
+    def __init__(self, path: str, parts: list[Packing], *, v2: bool, activations: str) -> None:
+        self.path, self.parts, self.v2, self.activations = path, parts, v2, activations
 
     def create_weights(
         self,
@@ -194,10 +196,12 @@ class NormTweakLinearMethod(LinearMethodBase):
         packed = []
         for number, (shard, _) in enumerate(self.runs):
             packed.append(shard.pack({leaf: getattr(layer, _name(leaf, number)).data for leaf in STORED}))
+            packed[-1].activations = self.activations
             for leaf in STORED:
                 delattr(layer, _name(leaf, number))
         del layer.g_idx
         layer.packed = nn.ModuleList(packed)
+        layer.qweight = packed[0].qweight  # vLLM's LoRA looks here for the device
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] -> [..., out]."""

@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from normtweak_kernels.dequant_gemm import ACTIVATIONS
 from normtweak_kernels.packing import BITS
 
 from .. import formats
-from ..checkpoint import written_here
+from ..checkpoint import stored_activations, written_here
 from ..config import require
 
 NAME = "normtweak"
@@ -46,6 +47,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     """Raise ValueError for a quantization_config that the plugin can't run."""
     form = settings.get("checkpoint_format") or "gptq"
     require(form in ("gptq", "gptq_v2"), "quantization_config", "checkpoint_format", "gptq or gptq_v2", form)
+    activations = stored_activations(settings)
+    require(activations in ACTIVATIONS, "quantization_config", "activations", f"one of {', '.join(ACTIVATIONS)}", activations)
     for own in (settings, *(settings | rule for rule in (settings.get("dynamic") or {}).values() if rule)):
         bits, group = own.get("bits"), own.get("group_size")
         require(bits in BITS, "quantization_config", "bits", "one of 2, 3, 4, 8", bits)

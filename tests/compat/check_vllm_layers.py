@@ -16,6 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from normtweak.integrations.vllm import NormTweakVllmConfig
+from normtweak_kernels.dequant_gemm.reference import quantize_activations
 from stored_linears import stored_linear
 
 K, RANKS = 576, 2
@@ -34,10 +35,11 @@ def feed(layer, tensors: dict[str, torch.Tensor], *shard_id) -> None:
         parameter.weight_loader(parameter, tensors[name], *shard_id)
 
 
-def close(name: str, layer, weight: torch.Tensor, columns: slice = slice(None)) -> None:
+def close(name: str, layer, weight: torch.Tensor, columns: slice = slice(None), enters=lambda x: x) -> None:
+    """enters: what the product is to make of its input."""
     layer.quant_method.process_weights_after_loading(layer)
     x = torch.randn(3, K)[:, columns]
-    got, wanted = layer.quant_method.apply(layer, x, None), x @ weight[:, columns].t()
+    got, wanted = layer.quant_method.apply(layer, x, None), enters(x) @ weight[:, columns].t()
     torch.testing.assert_close(got[:, : len(weight)], wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
     print(f"ok   {name}")
 
@@ -76,6 +78,13 @@ def check_rank(rank: int) -> None:
     )
     feed(up, tensors)
     close(f"rank {rank}: a column-parallel linear of format v2", up, half(whole))
+
+    # rounded as the checkpoint says, which is farther from the exact product than `close` allows
+    whole, tensors = stored_linear(54, K, 4, -1)
+    rounded = config(bits=4, group_size=-1, meta={"activations": "int8_token"})
+    up = ColumnParallelLinear(K, 54, bias=False, quant_config=rounded, prefix="mlp.fc1", params_dtype=torch.float32)
+    feed(up, tensors)
+    close(f"rank {rank}: activations of 8 bits, a scale a token", up, half(whole), enters=lambda x: quantize_activations(x, 1, "int8_token"))
 
     whole, tensors = stored_linear(105, K, 3, 64)
     head = ParallelLMHead(105, K, quant_config=config(), prefix="lm_head", params_dtype=torch.float32)

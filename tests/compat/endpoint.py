@@ -36,9 +36,9 @@ class Endpoint:
         with self.post("/v1/completions", {"prompt": prompt, "max_tokens": tokens, "temperature": 0} | body) as response:
             return json.load(response)["choices"][0]["text"]
 
-    def complete_ids(self, prompt: list[int], tokens: int) -> list[int]:
+    def complete_ids(self, prompt: list[int], tokens: int, **own) -> list[int]:
         """Greedy token ids after a prompt's (vLLM alone gives them), past an end-of-text."""
-        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True} | own
         with self.post("/v1/completions", body) as response:
             return json.load(response)["choices"][0]["token_ids"]
 

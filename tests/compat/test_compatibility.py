@@ -79,3 +79,13 @@ def test_vllm_serves_our_gptq(exported, peer, row, export):
 @pytest.mark.compat("vllm")
 def test_vllm_serves_shards(peer):
     peer.run("check_serve.py", "--parallel")
+
+
+@pytest.mark.compat("vllm")
+def test_vllm_serves_adapters(peer):
+    peer.run("check_serve.py", "--lora")
+
+
+@pytest.mark.compat("vllm")
+def test_vllm_runs_packed_layers(peer):
+    peer.run("check_vllm_layers.py")
