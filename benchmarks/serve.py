@@ -41,8 +41,9 @@ def contenders(folders: list[str], unpacked: str, eager: bool) -> dict[str, tupl
     for folder in folders:
         settings = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
         kind = f"W{settings['bits']} " + ("per channel" if settings["group_size"] == -1 else f"g{settings['group_size']}")
-        found[f"normtweak {kind}"] = command(folder), folder, {}
-        if settings["bits"] in (4, 8) and settings["sym"]:
+        head = bool(settings.get("lm_head"))
+        found[f"normtweak {kind}{', packed head' if head else ''}"] = command(folder), folder, {}
+        if settings["bits"] in (4, 8) and settings["sym"] and not head:
             found[f"vLLM {kind}"] = command(folder, "--quantization", "gptq"), folder, own_kernel
     return found
 
@@ -59,8 +60,8 @@ def seconds(endpoint: Endpoint, batch: int, number: int) -> float:
     return time.perf_counter() - start
 
 
-def measure(running: dict[str, Endpoint], batches: list[int], rounds: int) -> dict[tuple[str, int], float]:
-    """Median tokens per second of each contender, which are all paused, and batch; after one round that isn't counted."""
+def measure(running: dict[str, Endpoint], batches: list[int], rounds: int) -> dict[tuple[str, int], list[float]]:
+    """Seconds of each round of each contender, which are all paused, and batch; after one round that isn't counted."""
     times: dict[tuple[str, int], list[float]] = {(name, batch): [] for name in running for batch in batches}
     for number in range(rounds + 1):
         for name, endpoint in running.items():
@@ -70,7 +71,7 @@ def measure(running: dict[str, Endpoint], batches: list[int], rounds: int) -> di
                 if number:
                     times[name, batch].append(taken)
             endpoint.pause()
-    return {(name, batch): batch * TOKENS / statistics.median(taken) for (name, batch), taken in times.items()}
+    return times
 
 
 def main() -> None:
@@ -86,12 +87,16 @@ def main() -> None:
         for name, (command, model, environment) in contenders(options.folders, options.float, options.eager).items():
             running[name] = stack.enter_context(serve(command, model, {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"} | environment))
             running[name].pause()
-        speeds = measure(running, options.batches, options.rounds)
-    print(f"vLLM {vllm.__version__}, {TOKENS} tokens a request, median of {options.rounds} interleaved rounds")
+        times = measure(running, options.batches, options.rounds)
+    print(
+        f"vLLM {vllm.__version__}, {TOKENS} tokens a request, medians of {options.rounds} interleaved rounds; of the ratio, with its smallest and largest"
+    )
     for batch in options.batches:
         for name in running:
-            speed, base = speeds[name, batch], speeds["vLLM bf16", batch]
-            print(f"  batch {batch:2}  {name:24} {speed:8.1f} tokens/s  {speed / base:5.2f} x bf16")
+            taken, base = times[name, batch], times["vLLM bf16", batch]
+            ratios = sorted(b / t for b, t in zip(base, taken, strict=True))
+            speed, spread = batch * TOKENS / statistics.median(taken), f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            print(f"  batch {batch:2}  {name:40} {speed:8.1f} tokens/s  {statistics.median(ratios):5.2f} x bf16 {spread}")
 
 
 if __name__ == "__main__":

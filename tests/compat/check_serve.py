@@ -1,6 +1,7 @@
 """`normtweak serve` against normtweak.load. Run it with a Python that has vLLM, or transformers' server (`make compat` makes them):
 
 python tests/compat/check_serve.py FOLDER ... [--engine vllm]   greedy text of 8 prompts over HTTP, streaming, 16 clients for so many --seconds, memory
+python tests/compat/check_serve.py FOLDER ... --rounded         checkpoints whose activations are rounded: log probabilities
 python tests/compat/check_serve.py --parallel                   two CPU ranks on small models that are made here, and one whose heads don't divide
 python tests/compat/check_serve.py --lora                       an adapter beside its base model, a small one that is made here
 
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import normtweak
+from calibration import SENTENCES
 from endpoint import Endpoint, serve
 from small_models import make_model
 
@@ -30,7 +32,12 @@ PROMPTS = [
     "The capital of France is", "Once upon a time there was", "def fibonacci(n):", "Water boils at", "The three primary colours are",
     "To make a cup of tea,", "In 1969 the first", "The opposite of hot is",
 ]  # fmt: skip
-QUESTION = "What is the capital of France?"
+# A model at 2 bits has nothing to say to most questions; the first that it answers is streamed.
+QUESTIONS = [
+    "What is the capital of France?", "Tell me about the ocean.", "Why is the sky blue?", "Write a poem about a river.", "List three colours.", "Who wrote Hamlet?",
+    "Explain photosynthesis to a child.", "Translate 'good morning' into French.", "What did the people of the valley eat?", "Continue: one, two, three,",
+    "Write a Python function that adds two numbers.", "Give me a recipe for bread.",
+]  # fmt: skip
 TOKENS, CLIENTS = 32, 16
 # Memory may still grow by so much after the first fifth of the time: allocators settle late.
 GROWTH = 1.03
@@ -44,19 +51,24 @@ def report(name: str, good: bool, detail: str) -> None:
         failures.append(name)
 
 
-def expected(folder: str, prompts: list[str], tokens: int, question: str | None = None) -> list[str]:
-    """What transformers' generate writes with packed linears, in float32, after the prompts and after the question in the chat template."""
+def expected(folder: str) -> tuple[list[str], str, str]:
+    """What transformers' generate writes with packed linears, in float32: after PROMPTS; a question that it answers, in the chat template, and the answer."""
     model, tokenizer = normtweak.load(folder, dtype=torch.float32), normtweak.load_tokenizer(folder)
-    inputs = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
-    if question is not None:
+
+    def greedy(ids: torch.Tensor) -> str:
+        output = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        return tokenizer.decode(output, skip_special_tokens=True)
+
+    for question in QUESTIONS:
         chat = [{"role": "user", "content": question}]
-        inputs.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids)
-    outputs = [model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0, ids.shape[1] :] for ids in inputs]
-    return [tokenizer.decode(output, skip_special_tokens=True) for output in outputs]
+        answer = greedy(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids)
+        if len(answer) > 10:
+            return [greedy(tokenizer(prompt, return_tensors="pt").input_ids) for prompt in PROMPTS], question, answer
+    raise RuntimeError(f"{folder}: the model answers no question, nothing can be streamed")
 
 
 def expected_ids(model: torch.nn.Module, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """The same for prompts of token ids, past an end-of-text."""
+    """What generate writes after prompts of token ids, past an end-of-text."""
     model.generation_config.eos_token_id = None
     return [model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0, len(ids) :].tolist() for ids in prompts]
 
@@ -66,11 +78,11 @@ def command(folder: str, engine: str, *options: str) -> list[str]:
     return ["normtweak", "serve", folder, "--engine", engine, "--", "--dtype", "float32", *own, *options]
 
 
-def compare(name: str, endpoint: Endpoint, prompts: list[str], wanted: list[str], tokens: int) -> None:
-    got = [endpoint.complete(prompt, tokens) for prompt in prompts]
+def compare(name: str, endpoint: Endpoint, wanted: list[str]) -> None:
+    got = [endpoint.complete(prompt, TOKENS) for prompt in PROMPTS]
     same = sum(a == b for a, b in zip(got, wanted, strict=True))
     first = next((f"; first other: {a!r} for {b!r}" for a, b in zip(got, wanted, strict=True) if a != b), "")
-    report(f"{name} greedy text", same == len(prompts), f"{same} of {len(prompts)} prompts equal over {tokens} tokens{first}")
+    report(f"{name} greedy text", same == len(wanted), f"{same} of {len(wanted)} prompts equal over {TOKENS} tokens{first}")
 
 
 def load_test(name: str, endpoint: Endpoint, seconds: float) -> None:
@@ -100,14 +112,39 @@ def load_test(name: str, endpoint: Endpoint, seconds: float) -> None:
     report(f"{name} memory", after <= GROWTH * before, detail)
 
 
+def logprobs(folder: str, texts: list[list[int]], activations: str | None) -> torch.Tensor:
+    """What normtweak.load makes of them: the log probability of each token after those before it."""
+    model, found = normtweak.load(folder, dtype=torch.float32, activations=activations), []
+    for ids in map(torch.tensor, texts):
+        with torch.no_grad():
+            found.append(model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0])
+    return torch.cat(found)
+
+
+def check_rounded(folder: str) -> None:
+    """A checkpoint whose activations are rounded to 8 bits. Sums in another order move some of them to the next integer, and those move others in each layer
+    after: no two ways of computing such a model write the same text. What must be the same is how far they are from the exact product."""
+    name, tokenizer = f"vllm, {Path(folder).name}", normtweak.load_tokenizer(folder)
+    texts = [tokenizer(text).input_ids[:400] for text in SENTENCES]
+    exact, ours = logprobs(folder, texts, "auto"), logprobs(folder, texts, None)
+    with serve(command(folder, "vllm"), folder, ENVIRONMENT) as endpoint:
+        theirs = torch.tensor([value for ids in texts for value in endpoint.logprobs(ids)])
+    off, wanted = (theirs - exact).std().item(), (ours - exact).std().item()
+    report(f"{name} rounding", 0.8 < off / wanted < 1.25, f"log probabilities {off:.3f} from the exact product's, {wanted:.3f} in normtweak.load")
+    means = [-values.mean().item() for values in (theirs, ours, exact)]
+    allowed = 4 * (theirs - ours).std().item() / len(ours) ** 0.5
+    detail = f"{means[0]:.4f} a token, {means[1]:.4f} in normtweak.load, {means[2]:.4f} without rounding; {len(ours)} tokens, allowed {allowed:.4f}"
+    report(f"{name} log likelihood", abs(means[0] - means[1]) < allowed, detail)
+
+
 def check(folder: str, engine: str, seconds: float) -> None:
     name = f"{engine}, {Path(folder).name}"
-    *wanted, answer = expected(folder, PROMPTS, TOKENS, QUESTION)
+    wanted, question, answer = expected(folder)
     with serve(command(folder, engine), folder, ENVIRONMENT) as endpoint:
-        compare(name, endpoint, PROMPTS, wanted, TOKENS)
-        pieces = endpoint.stream_chat(QUESTION, TOKENS)
+        compare(name, endpoint, wanted)
+        pieces = endpoint.stream_chat(question, TOKENS)
         good = "".join(pieces) == answer and len(pieces) > 1
-        report(f"{name} streamed chat", good, f"{len(pieces)} pieces: {''.join(pieces)!r}" + ("" if good else f" for {answer!r}"))
+        report(f"{name} streamed chat", good, f"{question!r}, {len(pieces)} pieces: {''.join(pieces)!r}" + ("" if good else f" for {answer!r}"))
         if seconds:
             load_test(name, endpoint, seconds)
 
@@ -189,11 +226,15 @@ def main() -> None:
     parser.add_argument("folders", nargs="*")
     parser.add_argument("--engine", choices=["vllm", "transformers"], default="vllm")
     parser.add_argument("--seconds", type=float, default=120, help="of the test with 16 clients; 0 leaves it out")
+    parser.add_argument("--rounded", action="store_true", help="of SmoothQuant: log probabilities in place of text")
     parser.add_argument("--parallel", action="store_true")
     parser.add_argument("--lora", action="store_true")
     options = parser.parse_args()
     for folder in options.folders:
-        check(folder, options.engine, options.seconds)
+        if options.rounded:
+            check_rounded(folder)
+        else:
+            check(folder, options.engine, options.seconds)
     if options.parallel:
         check_parallel()
     if options.lora:

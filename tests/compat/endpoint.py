@@ -42,6 +42,12 @@ class Endpoint:
         with self.post("/v1/completions", body) as response:
             return json.load(response)["choices"][0]["token_ids"]
 
+    def logprobs(self, prompt: list[int]) -> list[float]:
+        """The log probability of each of a prompt's token ids but the first, after those before it (vLLM alone gives them)."""
+        with self.post("/v1/completions", {"prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0}) as response:
+            found = json.load(response)["choices"][0]["prompt_logprobs"]
+        return [after[str(token)]["logprob"] for token, after in zip(prompt[1:], found[1:], strict=True)]
+
     def stream_chat(self, content: str, tokens: int) -> list[str]:
         """The pieces of a streamed answer."""
         body = {"messages": [{"role": "user", "content": content}], "max_tokens": tokens, "temperature": 0, "stream": True}

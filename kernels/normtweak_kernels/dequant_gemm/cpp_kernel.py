@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,12 @@ from .reference import quantize_activations
 _PLANES = {"int16": 2, "int8": 1, "int8_token": 1}
 
 
+@lru_cache(maxsize=2**14)
+def _packed_weight(words: int, scales: int, scale_dtype: str, zeros: int, n: int, k: int, groups: int, bits: int) -> Any:
+    """The C++ side's record of addresses and sizes, which is no more than these; a compiled model asks for the same ones for every token."""
+    return native.loaded().PackedWeight(words, scales, scale_dtype, zeros, n, k, groups, bits)
+
+
 class Weight:
     """A packed weight [n, k] as the C++ kernels take it: contiguous tensors, which this keeps alive, and their addresses."""
 
@@ -24,8 +32,9 @@ class Weight:
     def __init__(self, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, k: int) -> None:
         self.tensors = qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
         self.n, self.k, self.bits = scales.shape[1], k, bits
-        self.addresses = words, scale, zero = tuple(native.address(tensor) for tensor in self.tensors)
-        self.native = native.loaded().PackedWeight(words, scale, native.DTYPES[scales.dtype], zero, self.n, k, scales.shape[0], bits)
+        words, scale, zero = self.tensors
+        self.addresses = addresses = words.data_ptr(), scale.data_ptr(), native.address(zero)
+        self.native = _packed_weight(addresses[0], addresses[1], native.DTYPES[scales.dtype], addresses[2], self.n, k, scales.shape[0], bits)
 
 
 def _refuses(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, activations: str) -> str | None:
