@@ -40,6 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "correction 1": {"tweak": None, "polish": None, "correction": 1.0},
     "tweak": {"polish": None},
     "default": {},
+    "tweak and polish": {"tweak": {}},
     "polish": {"tweak": None, "polish": {}},
     "polish, 4 passes": {"tweak": None, "polish": {"iterations": 4}},
     "rates searched": {"tweak": {"learning_rate": None}, "polish": {"learning_rate": None}},

@@ -41,11 +41,10 @@ def worse(cell: dict[str, Any], folder: models.ModelFolder, exact: Any, tokens: 
         plain, tweaked = Path(scratch, "plain"), Path(scratch, "tweaked")
         normtweak.quantize(folder.path, out=plain, config=QuantizeConfig.preset(tweak=None, **cell), tokens=tokens)
         report = normtweak.quantize(folder.path, out=tweaked, config=QuantizeConfig.preset(**cell), tokens=tokens)
-        changed = any(block.rate for block in report.blocks) or (report.polish is not None and report.polish.accepted)
         before, after = (divergences(path, exact, folder.tokenizer, windows) for path in (plain, tweaked))
     difference = paired_difference(after, before)
     name = " ".join(f"{key} {value}" for key, value in cell.items())
-    verdict = ("WORSE" if difference.value > 0 else "better") if changed else "untouched"
+    verdict = ("WORSE" if difference.value > 0 else "better") if report.norms_moved else "untouched"
     print(f"{name:60} {before.mean():8.4f} -> {after.mean():8.4f}   {difference}   {verdict}", flush=True)
     return verdict == "WORSE"
 

@@ -260,7 +260,7 @@ def write_json(file: Path, data: Any) -> None:
     write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def stored_activations(quantization: dict[str, Any] | None) -> str:
+def stored_activations(quantization: Mapping[str, Any] | None) -> str:
     """How a checkpoint's activations enter its packed products: what its `meta` says, which other readers pass over, or "auto"."""
     return ((quantization or {}).get("meta") or {}).get("activations", "auto")
 

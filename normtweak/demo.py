@@ -73,11 +73,10 @@ def _run(folder: models.ModelFolder, samples: int, length: int, root: Path, prog
     peak, first = 0, True
     for scheme, settings in SCHEMES.items():
         for tweaked in (False, True):
-            name = f"{scheme}, GPTQ{' + tweak + polish' if tweaked else ''}"
+            recipe = {} if tweaked else {"tweak": None}
+            config = QuantizeConfig.preset("default", **settings, **recipe, calibration={"samples": samples, "length": length})
+            name = " + ".join([f"{scheme}, GPTQ", *(["tweak"] if config.tweak else []), *(["polish"] if config.polish else [])])
             yield f"\n{name}"
-            config = QuantizeConfig.preset("default", **settings, calibration={"samples": samples, "length": length})
-            if not tweaked:
-                config = QuantizeConfig.from_dict(config.to_dict() | {"tweak": None, "polish": None})
             target = root / name.replace(" ", "-").replace(",", "")
             report = quantize(models.EMBEDDED, out=target, config=config, tokens=tokens, progress=progress)
             peak = max(peak, report.peak_memory)

@@ -86,6 +86,11 @@ def applied(folds: Iterable[Fold], scales: Iterable[Tensor]) -> Iterator[None]:
                 parameter.copy_(value)
 
 
+def floored(values: Tensor) -> Tensor:
+    """Magnitudes of channels, none below a ten-thousandth of the largest: a channel that hardly ever speaks shall not push the others' scales to extremes."""
+    return values.clamp(min=max(1e-4 * values.max().item(), torch.finfo(torch.float32).tiny))
+
+
 def balanced(scale: Tensor) -> Tensor:
     """A scale with geometric mean 1: a factor that all channels share does nothing but take precision from what is stored in 16 bits."""
     return scale / scale.log().mean().exp()

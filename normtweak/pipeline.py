@@ -48,6 +48,12 @@ class Report:
     polish: PolishReport | None = None
     calibration: TextReport | None = None
 
+    @property
+    def norms_moved(self) -> bool:
+        """Whether tweak or polish left any norm otherwise than the quantizer did."""
+        tweaked = any(block.rate for block in self.blocks) and not (self.polish and self.polish.undone)
+        return tweaked or (self.polish is not None and self.polish.accepted)
+
 
 def quantize(
     model: str | os.PathLike[str],

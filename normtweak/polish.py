@@ -33,7 +33,7 @@ POLISH_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 class PolishReport:
     """KL(float || packed) per token on held-out calibration text before and after (nats), whether the polish changed the norms, and its learning rate.
 
-    undone: whether the norms from before the layer-wise tweak did better there, and came back before the polish.
+    undone: whether the norms from before the layer-wise tweak did better there, or hardly worse, and came back.
     """
 
     kl_before: float
@@ -65,8 +65,9 @@ def polish(
 
     blocks: the model's list of decoder blocks. tokens: int64 [S, L]. float_hidden: the float model's last block output for them, float32 [S, L, H].
     float_values: norm parameters that the float model has behind its blocks; None where the packed model begins with the same. dtype: of matrix products.
-    untweaked: norm parameters from before a layer-wise tweak, by name: the polish begins with them where held-out sequences like them no less than the tweaked ones.
-    Memory: the packed model, and of one sequence the activations that enter each block, one block's own, and two sets of logits. Returns the report and the norm parameters by name, float32: changed ones, or the old where held-out text got no better.
+    untweaked: norm parameters from before a layer-wise tweak, by name: the polish begins with them where held-out sequences like them no less than the tweaked ones, and they
+    come back where neither tweak nor polish gains `config.min_gain` on them.
+    Memory: the packed model, and of one sequence the activations that enter each block, one block's own, and two sets of logits. Returns the report and the norm parameters by name, float32: changed ones, or the old where held-out text got no better than `min_gain` asks.
     Raises ValueError when the loss isn't finite.
     """
     start = {p.name: p.start for p in norms.norm_parameters(model, relative=True)}
@@ -74,7 +75,7 @@ def polish(
     own = {name: model.get_parameter(name).requires_grad_() for name in start}
     objective = _Objective(model, blocks, tokens, float_hidden, start | (float_values or {}), dtype)
     trained, held_out = split_rows(len(tokens), config.held_out)
-    before = objective.mean(held_out)
+    before = plain = objective.mean(held_out)
     undone = False
     if untweaked:
         norms.assign(model, untweaked)
@@ -82,14 +83,17 @@ def polish(
         undone = plain <= before
         before, start = (plain, start | untweaked) if undone else (before, start)
         norms.assign(model, start)
+    wanted = (1 - config.min_gain) * plain
     rate = config.learning_rate or _find_rate(model, objective, trained, held_out, config, seed, progress)
     _descend(model, objective, trained, config, rate, seed, progress)
     after = objective.mean(held_out)
     if not math.isfinite(after):
         raise ValueError(f"polish: the loss must stay finite (try a smaller learning_rate), got {after}")
     after = _step_back(model, objective, start, after, held_out)
-    accepted = after < before
+    accepted = after < before and after <= wanted
     if not accepted:
+        if untweaked and not undone and before > wanted:
+            undone, before, start = True, plain, start | untweaked
         norms.assign(model, start)
     model.requires_grad_(False)
     report = PolishReport(before, after if accepted else before, accepted, rate, undone)

@@ -48,8 +48,9 @@ def packed(small_model, tmp_path_factory):
 
 def test_quantize_says_what_it_did(packed):
     out, result = packed
-    assert "block 0: loss" in result.stdout
-    assert "block 1: loss" in result.stdout
+    assert "block 0: quantized" in result.stdout
+    assert "block 1: quantized" in result.stdout
+    assert "polish: KL to float" in result.stdout
     assert "peak memory" in result.stdout
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
 

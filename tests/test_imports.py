@@ -32,7 +32,7 @@ FLOORS = [
 SIDEWAYS: set[tuple[str, str]] = set()
 # Heavy or optional packages, and the only files whose business they are.
 OWNERS = {
-    "transformers": {"models", "integrations/transformers", "integrations/transformers_serve"},
+    "transformers": {"models", "calibration/attention", "integrations/transformers", "integrations/transformers_serve"},
     "accelerate": {"models"},
     "huggingface_hub": {"models"},
     "safetensors": {"checkpoint", "models", "calibration/kept"},

@@ -146,7 +146,7 @@ def test_one_sequence_is_refused_before_any_work(small_model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("key", "value"), [("learning_rate", 0.0), ("iterations", 0), ("batch_size", 0), ("held_out", 0.0)])
+@pytest.mark.parametrize(("key", "value"), [("learning_rate", 0.0), ("iterations", 0), ("batch_size", 0), ("held_out", 0.0), ("min_gain", 1.0)])
 def test_settings_are_checked(key, value):
     with pytest.raises(ValueError, match=f"PolishConfig: {key} must be"):
         PolishConfig(**{key: value})
@@ -169,5 +169,21 @@ def test_a_tweak_that_leads_away_from_the_float_model_is_undone(small_model, tmp
     for name, value in exact.items():
         if "layernorm" in name:
             torch.testing.assert_close(stored[name].float(), value.float(), rtol=1e-5, atol=1e-5)
-    kept = run(small_model, tmp_path / "kept", method="rtn", bits=2, tweak={"learning_rate": 2e-3, "iterations": 4}, polish=tiny)
+    gains = {"learning_rate": 2e-3, "iterations": 4}
+    kept = run(small_model, tmp_path / "kept", method="rtn", bits=2, tweak=gains, polish=tiny | {"min_gain": 0.0})
     assert not kept.polish.undone
+
+
+def test_a_gain_that_is_too_small_is_none(small_model, tmp_path):
+    """The tweak gains some on held-out text, the polish nothing: less than is asked, so the norms are the quantizer's again."""
+    plain = run(small_model, tmp_path / "plain", method="rtn", bits=2)
+    gains = {"method": "rtn", "bits": 2, "tweak": {"learning_rate": 2e-3, "iterations": 4}}
+    report = run(small_model, tmp_path / "out", polish={"learning_rate": 1e-9, "min_gain": 0.9}, **gains)
+    assert report.polish.undone
+    assert not report.polish.accepted
+    assert not report.norms_moved
+    assert not plain.norms_moved
+    written, before = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "plain")
+    assert all(torch.equal(written[name].to(value.dtype), value) for name, value in before.items())
+    kept = run(small_model, tmp_path / "kept", polish={"learning_rate": 1e-9, "min_gain": 0.0}, **gains)
+    assert kept.norms_moved

@@ -15,7 +15,11 @@ TEXT = {"source": "random", "samples": 8, "length": 24, "batch_size": 4}
 
 
 def settings(**more):
-    given = {"tweak": {"learning_rate": 5e-3, "iterations": 2}, "polish": {"learning_rate": 1e-2, "iterations": 2}, "calibration": TEXT}
+    given = {
+        "tweak": {"learning_rate": 5e-3, "iterations": 2},
+        "polish": {"learning_rate": 1e-2, "iterations": 2, "min_gain": 0.0},
+        "calibration": TEXT,
+    }
     return RetweakConfig.preset(2, compute_dtype="float32", **(given | more))
 
 

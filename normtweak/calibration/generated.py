@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from ..config import CalibrationConfig
 from ..progress import Advance, Progress
 from . import Author, Calibration, first_tokens, kept, leading_bos
+from .attention import decoding
 from .first_tokens import FirstTokens
 from .kept import Draft
 from .quality import TextReport
@@ -91,7 +91,7 @@ def continue_draft(
     bos = leading_bos(tokenizer)
     batches = [len(batch) for batch in torch.empty(config.samples).split(GENERATION_BATCH)][len(draft.tokens) // GENERATION_BATCH :]
     steps = config.length - (1 if bos is None else 2)
-    with _attention(model, "eager"), progress.task("generating calibration text", len(batches) * steps) as advance:
+    with decoding(model), progress.task("generating calibration text", len(batches) * steps) as advance:
         for count in batches:
             first = choice.draw(count, generator)
             if bos is not None:
@@ -131,18 +131,6 @@ class _Writer:
             ids, begins = torch.cat([ids, step], 1), torch.cat([begins, ended], 1)
             advance()
         return ids, begins
-
-
-@contextmanager
-def _attention(model: Any, name: str) -> Iterator[None]:
-    """Another attention while open: for one query at a time on a CPU, the fused one takes longer than plain products (measured: 1.6 times)."""
-    before = model.config._attn_implementation
-    if model.device.type == "cpu":
-        model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def sample(logits: Tensor, generator: torch.Generator) -> Tensor:

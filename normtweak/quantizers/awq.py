@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from normtweak_kernels import QuantizedWeight
 
 from ..config import QuantizeConfig
-from ..folding import Fold, balanced
+from ..folding import Fold, balanced, floored
 from ..inputs import HessianCollector, Inputs
-from ..rounding import Solver, nearest
+from ..rounding import nearest
 from . import Quantizer, Run
+from .gptq import GPTQ
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +23,6 @@ logger = logging.getLogger(__name__)
 STEPS = 10
 # So many rows of a weight, evenly spaced, tell one exponent from another: rows are rounded independently of each other.
 ROWS = 256
-# The smallest channel's magnitude beside the largest: a channel that hardly ever speaks shall not push the others' scales to extremes.
-FLOOR = 1e-4
 
 
 class AWQ(Quantizer):
@@ -43,19 +42,18 @@ class AWQ(Quantizer):
         collector = HessianCollector({name: linears[name] for name in configs})
         with collector.attached():
             run()
-        shared = list(collector.shared())
-        inputs = [given for given in shared if given.hessian is not None]
+        inputs = list(collector.shared())
         for fold in folds:
-            read = [given for given in inputs if fold.readers.keys() & set(given.names)]
+            read = [given for given in inputs if given.hessian is not None and fold.readers.keys() & set(given.names)]
             scale = find_scale(read, linears, configs)
             if scale is not None:
                 fold.apply(scale)
                 for given in read:
                     hessian_of(given).div_(scale[:, None] * scale)
-        result = {name: nearest(linears[name].weight, configs[name]) for given in shared if given.hessian is None for name in given.names}
-        for given in inputs:
-            result |= _rounded(given, linears, configs, config)
-        return {name: result[name] for name in configs}
+        if config.rounding == "gptq":
+            return GPTQ().quantize_block(linears, run, config)
+        importance = {name: None if given.hessian is None else given.hessian.diagonal().contiguous() for given in inputs for name in given.names}
+        return {name: nearest(linears[name].weight, own, importance[name]) for name, own in configs.items()}
 
 
 def hessian_of(given: Inputs) -> Tensor:
@@ -72,7 +70,7 @@ def find_scale(inputs: Sequence[Inputs], linears: Mapping[str, nn.Linear], confi
     if magnitude.max() == 0:
         return None
     weights = torch.cat([linears[name].weight.detach() for given in inputs for name in given.names]).abs().mean(0)
-    magnitude, weights = (balanced(values.clamp(min=FLOOR * values.max().item())) for values in (magnitude, weights))
+    magnitude, weights = (balanced(floored(values)) for values in (magnitude, weights))
     candidates = [magnitude.pow(step / STEPS) / (1 if paper else weights.pow(1 - step / STEPS)) for paper in (True, False) for step in range(STEPS)]
     errors = [sum(output_error(given, linears, configs, scale) * given.tokens for given in inputs) for scale in candidates]
     best = min(range(len(candidates)), key=errors.__getitem__)
@@ -92,13 +90,3 @@ def output_error(given: Inputs, linears: Mapping[str, nn.Linear], configs: Mappi
         energy = ((weight @ hessian) * weight).sum().clamp(min=torch.finfo(torch.float32).tiny)
         total += (((difference @ hessian) * difference).sum() / energy).item()
     return total
-
-
-def _rounded(
-    given: Inputs, linears: Mapping[str, nn.Linear], configs: Mapping[str, QuantizeConfig], config: QuantizeConfig
-) -> dict[str, QuantizedWeight]:
-    hessian = hessian_of(given)
-    if config.rounding == "gptq":
-        solver = Solver(hessian, config, " ".join(given.names), given.tokens)
-        return {name: solver.quantize(linears[name].weight, configs[name]) for name in given.names}
-    return {name: nearest(linears[name].weight, configs[name], hessian.diagonal().contiguous()) for name in given.names}

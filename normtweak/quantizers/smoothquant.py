@@ -14,11 +14,12 @@ from normtweak_kernels import QuantizedWeight
 
 from .. import losses
 from ..config import QuantizeConfig
-from ..folding import Fold, applied, balanced
-from ..inputs import HessianCollector, RangeCollector
+from ..folding import Fold, applied, balanced, floored
+from ..inputs import RangeCollector
 from ..linear import PackedLinear
-from ..rounding import Solver, nearest
+from ..rounding import nearest
 from . import Quantizer, Run
+from .gptq import GPTQ
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,6 @@ logger = logging.getLogger(__name__)
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # So many sequences tell one exponent from another.
 SEQUENCES = 4
-# The least range of a channel beside the largest: one that is never used shall get no infinite scale.
-FLOOR = 1e-4
 
 
 class SmoothQuant(Quantizer):
@@ -52,7 +51,7 @@ class SmoothQuant(Quantizer):
         for fold, scale in zip(folds, scales, strict=True):
             fold.apply(scale)
         if config.rounding == "gptq":
-            return self._by_gptq(chosen, run, configs, config)
+            return GPTQ().quantize_block(linears, run, config)
         return rounded(chosen, configs, moved(squares, folds, scales))
 
     def _best_scales(
@@ -78,29 +77,13 @@ class SmoothQuant(Quantizer):
         logger.debug("smoothquant: alpha %g, error %.4g (without: %.4g)", best, errors[best], errors[0.0])
         return candidates[best]
 
-    def _by_gptq(
-        self, linears: Mapping[str, nn.Linear], run: Run, configs: Mapping[str, QuantizeConfig], config: QuantizeConfig
-    ) -> dict[str, QuantizedWeight]:
-        collector = HessianCollector(linears)
-        with collector.attached():
-            run()
-        result: dict[str, QuantizedWeight] = {}
-        for given in collector.shared():
-            if given.hessian is None:
-                result |= {name: nearest(linears[name].weight, configs[name]) for name in given.names}
-            else:
-                solver = Solver(given.hessian, config, " ".join(given.names), given.tokens)
-                result |= {name: solver.quantize(linears[name].weight, configs[name]) for name in given.names}
-        return {name: result[name] for name in configs}
-
 
 def smoothing(fold: Fold, largest: Mapping[str, Tensor], alpha: float) -> Tensor:
     """max|x_j|^alpha / max|W_j|^(1 - alpha), geometric mean 1. largest: max|x_j| by linear; of a fold's readers those in it count."""
     names = [name for name in fold.readers if name in largest]
     inputs = torch.stack([largest[name] for name in names]).amax(0)
     weights = torch.stack([fold.readers[name].get_parameter("weight").detach().abs().amax(0) for name in names]).amax(0)
-    inputs, weights = (values.clamp(min=max(FLOOR * values.max().item(), torch.finfo(torch.float32).tiny)) for values in (inputs, weights))
-    return balanced(inputs.pow(alpha) / weights.pow(1 - alpha))
+    return balanced(floored(inputs).pow(alpha) / floored(weights).pow(1 - alpha))
 
 
 def moved(squares: Mapping[str, Tensor], folds: Sequence[Fold], scales: Sequence[Tensor]) -> dict[str, Tensor]:
