@@ -207,8 +207,8 @@ DEQUANT_GEMM_GPU = {
         backward=(DequantGemmGpu(block_m=256, block_n=64, block_k=128, num_warps=8, num_stages=3), *_BACKWARD),
         backward_first={},
     ),
-    # B200: its memory is 2.4 times as fast as H100's, its float32 units are not.
-    "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=2, backward=_BACKWARD_TWO_STAGES),
+    # B200: its memory is 2.4 times as fast as H100's, its float32 units are not. Two rows of sums spill.
+    "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=1, backward=_BACKWARD_TWO_STAGES),
     # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth. Its tensor cores are slow beside its other units: 64 rows are enough for them,
     # and larger tiles spill.
     "sm_120": replace(

@@ -34,12 +34,7 @@ WAVEFRONT = 64
 @triton.jit
 def _place(BITS: tl.constexpr, ROW: tl.constexpr):
     """The bit of a float32's mantissa that a code's lowest bit comes to, of its row 0 or 1."""
-    if BITS == 8:
-        place: tl.constexpr = 15
-    elif BITS == 2:
-        place: tl.constexpr = 19 + 2 * ROW
-    else:
-        place: tl.constexpr = 15 + 4 * ROW
+    place: tl.constexpr = 15 if BITS == 8 else 19 + 2 * ROW if BITS == 2 else 15 + 4 * ROW
     return place
 
 
