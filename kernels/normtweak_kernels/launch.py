@@ -221,7 +221,7 @@ DEQUANT_GEMM_GPU = {
         backward_first={},
     ),
     # MI300X: 64 KB of shared memory; a wavefront of 64 lanes does twice a warp's work. Above 2 rows their sums spill out of the registers, and so do
-    # those of a wide gradient.
+    # those of a wide gradient; 3 bits in groups leave too few wavefronts where a tile has 64 rows of W.
     "gfx942": replace(
         _SM_86,
         multiprocessors=304,
@@ -232,7 +232,7 @@ DEQUANT_GEMM_GPU = {
             DequantGemmGpu(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=2),
         ),
         many_rows_first={},
-        backward=_BACKWARD_TWO_STAGES,
+        backward=(replace(_BACKWARD_TWO_STAGES[0], block_n=32),),
         backward_first={},
     ),
 }
