@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from normtweak_kernels.dequant_gemm.triton_gemm import rows_per_load
 from normtweak_kernels.dequant_gemm.triton_gemv import chunks_per_thread
 from normtweak_kernels.launch import CHANNEL_LOSS_GPU, DEQUANT_GEMM_GPU, GPTQ_BLOCK_UPDATE_GPU, DequantGemmGpu, DequantGemvGpu, hessian_update_gpu
 
@@ -49,7 +50,7 @@ def gemv(target: str, config: DequantGemvGpu, weight: tuple[int, int, bool, str]
     arguments = {
         "x_ptr": f"*{dtype}", "qweight_ptr": "*i32", "scales_ptr": "*fp16", "zeros_ptr": "*u8" if zeros else None, "bias_ptr": f"*{dtype}",
         "y_ptr": f"*{dtype}", "M": 1 if m == 1 else "i32", "N": "i32:16", "K": "i32:16", "GROUP_CHUNKS": group_size // 32, "TAIL": False, "BITS": bits,
-        "BLOCK_M": m, "THREAD_ROWS": lanes * config.num_warps, "CHUNKS": chunks_per_thread(config.chunks, group_size // 32 or config.chunks, bits, m), "CENTRE": 0.0,
+        "BLOCK_M": m, "THREAD_ROWS": lanes * config.num_warps, "CHUNKS": chunks_per_thread(config.chunks, group_size // 32 or config.chunks, bits, m), "CENTRE": False,
     }  # fmt: skip
     problem = {"vars": {"M": m, "N": 4096, "K": 4096}, "flops": "2*M*N*K", "bytes": f"N*K*{bits}//8 + 2*M*(N+K)", "grid": "cdiv(N,16)"}
     return entry("dequant_gemv", "dequant_gemm.triton_gemv:dequant_gemv_fwd_kernel", [target], arguments, {"num_warps": config.num_warps}, problem)
@@ -68,6 +69,8 @@ def gemm(target: str, config: DequantGemmGpu, weight: tuple[int, int, bool, str]
     else:
         arguments |= {"BLOCK_K": max(64, min(config.block_k, 2 * (group_size or config.block_k))), "SPLIT_K": config.split_k, "EVEN_K": True}
         arguments |= {"y_ptr": "*fp32" if config.split_k > 1 else f"*{dtype}", "bias_ptr": None, "x_scale_ptr": "*fp32" if regime == "int8" else None}
+    tile = (config.block_n // 2, arguments["BLOCK_K"]) if backward else (config.block_n, arguments["BLOCK_K"] // 2)
+    arguments |= rows_per_load(bits, *tile, config.num_warps)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     m = {"few rows": config.block_m}.get(regime, 4096)
     grid = "cdiv(M,BLOCK_M)*cdiv(K,BLOCK_K)" if backward else "cdiv(M,BLOCK_M)*cdiv(N,BLOCK_N)*SPLIT_K"
@@ -109,7 +112,7 @@ def channel_loss(targets: list[str]) -> Iterator[Entry]:
     merge = {**partials, "strips": "i32", "channels": "i32:16", "BLOCK_S": config.merge_strips, "BLOCK_C": config.merge_channels}
     variables = {"T": 16384, "C": 4096}
     for dtype, size, masked in (("bf16", 2, False), ("fp32", 4, False), ("bf16", 2, True)):
-        suffix, mask = f" {dtype}" + ", mask" * masked, "*i1" if masked else None
+        suffix, mask = f" {dtype}" + ", mask" * masked, "*i64" if masked else None
         forward = {
             "x_ptr": f"*{dtype}",
             "mask_ptr": mask,

@@ -147,13 +147,11 @@ _FEW_ROWS = tuple(
 )
 
 # Tensor cores stay busy while what a code costs, 2 to 4 instructions, is shared by many rows of x, and while a warp reads x from shared memory for 32
-# rows of W rather than 16. 128 rows of x by 32 of W fill a thread's registers: 4 and 8 bits per channel have the room. 64 rows leave room for every kind
-# of weight, with the integer units as the bound; 3 bits cost them so much that 128 by 16 rows are better (three stages: with two the compiler spills).
+# rows of W rather than 16. 128 rows of x by 32 of W fill a thread's registers: 4 and 8 bits per channel have the room. 64 rows leave room for every kind.
 _MANY_ROWS = (
     DequantGemmGpu(block_m=64, block_n=256, block_k=64, num_warps=8, num_stages=2),
     DequantGemmGpu(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=2),
 )
-_MANY_ROWS_3_BITS = DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
 _MANY_ROWS_CHANNELS = DequantGemmGpu(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=2)
 # wgmma is twice as fast, and wants 256 rows of x.
 _MANY_ROWS_WGMMA = (
@@ -166,11 +164,15 @@ _INT8 = (
     DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
 )
 _BACKWARD = (DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),)
-# Two stages: with three the compiler saves registers and spills. 2 bits spill with two as well.
-_BACKWARD_FIRST = {
-    (bits, grouped): DequantGemmGpu(block_m=128, block_n=64, block_k=128, num_warps=8, num_stages=2)
-    for bits in (3, 4, 8)
-    for grouped in (False, True)
+# As above a warp has 32 rows of what it unpacks, here columns of W. Of 3 bits it takes 64 rows of W for every thread to copy 8 bytes of each plane
+# without cutting words apart; with groups two stages of them spill.
+_BACKWARD_WIDE = DequantGemmGpu(block_m=64, block_n=64, block_k=256, num_warps=8, num_stages=2)
+_BACKWARD_3_BITS = replace(_BACKWARD_WIDE, block_n=128)
+# 64 words of 8 bits in a row of the tile would be copied across rows, half a sector at a time.
+_BACKWARD_8_BITS = replace(_BACKWARD_WIDE, block_k=128, num_warps=4)
+_BACKWARD_FIRST = {(bits, grouped): _BACKWARD_8_BITS if bits == 8 else _BACKWARD_WIDE for bits in (2, 4, 8) for grouped in (False, True)} | {
+    (3, False): _BACKWARD_3_BITS,
+    (3, True): replace(_BACKWARD_3_BITS, num_stages=3),
 }
 # A100. Half the float32 units of the others: at 4 bits one row takes as long as memory does, 4 rows two and a half times as long.
 _SM_80 = DequantGemmGpuLists(
@@ -180,12 +182,7 @@ _SM_80 = DequantGemmGpuLists(
     few_rows=_FEW_ROWS,
     many_rows=_MANY_ROWS,
     backward_first=_BACKWARD_FIRST,
-    many_rows_first={
-        (3, False): _MANY_ROWS_3_BITS,
-        (3, True): _MANY_ROWS_3_BITS,
-        (4, False): _MANY_ROWS_CHANNELS,
-        (8, False): _MANY_ROWS_CHANNELS,
-    },
+    many_rows_first={(bits, False): _MANY_ROWS_CHANNELS for bits in (4, 8)},
     int8=_INT8,
     backward=_BACKWARD,
 )
@@ -210,8 +207,8 @@ DEQUANT_GEMM_GPU = {
         backward=(DequantGemmGpu(block_m=256, block_n=64, block_k=128, num_warps=8, num_stages=3), *_BACKWARD),
         backward_first={},
     ),
-    # B200: its memory is 2.4 times as fast as H100's, its float32 units are not.
-    "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=2, backward=_BACKWARD_TWO_STAGES),
+    # B200: its memory is 2.4 times as fast as H100's, its float32 units are not. Two rows of sums spill.
+    "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=1, backward=_BACKWARD_TWO_STAGES),
     # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth. Its tensor cores are slow beside its other units: 64 rows are enough for them,
     # and larger tiles spill.
     "sm_120": replace(
@@ -224,7 +221,7 @@ DEQUANT_GEMM_GPU = {
         backward_first={},
     ),
     # MI300X: 64 KB of shared memory; a wavefront of 64 lanes does twice a warp's work. Above 2 rows their sums spill out of the registers, and so do
-    # those of a wide gradient.
+    # those of a wide gradient; 3 bits in groups leave too few wavefronts where a tile has 64 rows of W.
     "gfx942": replace(
         _SM_86,
         multiprocessors=304,
@@ -235,7 +232,7 @@ DEQUANT_GEMM_GPU = {
             DequantGemmGpu(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=2),
         ),
         many_rows_first={},
-        backward=_BACKWARD_TWO_STAGES,
+        backward=(replace(_BACKWARD_TWO_STAGES[0], block_n=32),),
         backward_first={},
     ),
 }

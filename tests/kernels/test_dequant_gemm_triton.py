@@ -232,16 +232,17 @@ def test_a_tuned_choice_is_launched(monkeypatch):
 def test_warming_times_every_regime_and_notes_the_fastest(monkeypatch):
     noted = {}
     monkeypatch.setattr(triton_kernel, "WARM_ROWS", (1, 16, 128))
+    monkeypatch.setattr(triton_kernel, "WARM_BACKWARD_ROWS", (512,))
     monkeypatch.setattr(triton_kernel.tuning, "tune", lambda configs, run, does_not_fit: (run(configs[-1]), (configs[-1], 12.5))[1])
     monkeypatch.setattr(triton_kernel.tuning, "note", lambda choices, index: noted.update(choices))
     with only_launched() as names:
         lines = list(triton_kernel.warm(64, 96, 4, 3, False, torch.float16, torch.device("cpu")))
     lists = DEQUANT_GEMM_GPU["sm_80"]
     tuned = [("fewest rows", 1, lists.few_rows), ("few rows", 16, lists.few_rows), ("int8", 16, lists.int8), ("many rows", 128, lists.many_rows)]
-    tuned += [("int8", 128, lists.int8)]
+    tuned += [("int8", 128, lists.int8), ("backward", 512, lists.gradients(4, 3))]
     assert noted == {triton_kernel._key(regime, m, 64, 96, 4, 3): configs[-1] for regime, m, configs in tuned}
     assert [line.rpartition(": ")[0] for line in lines] == [f"64 x 96, 4 bits, M = {m}, {regime}" for regime, m, _ in tuned]
-    assert set(names) >= {"dequant_gemm_fwd_kernel", "quantize_tokens_kernel"}
+    assert set(names) >= {"dequant_gemm_fwd_kernel", "quantize_tokens_kernel", "dequant_gemm_bwd_kernel"}
 
 
 def test_the_first_tile_that_holds_all_rows_and_no_more_parts_than_multiprocessors_take():
@@ -259,4 +260,4 @@ def test_the_widest_tile_that_leaves_no_multiprocessor_idle():
         return triton_kernel._likely(*triton_kernel.candidates(DEQUANT_GEMM_GPU["sm_80"], m, bits, groups, torch.float16, "auto"), m, n, 108)
 
     tiles = [(c.block_m, c.block_n) for c in (tile(4096, 4096, 4, 1), tile(4096, 4096, 3, 64), tile(4096, 4096, 4, 64), tile(65, 4096, 4, 1))]
-    assert tiles == [(128, 256), (128, 128), (64, 256), (64, 128)]
+    assert tiles == [(128, 256), (64, 256), (64, 256), (64, 128)]

@@ -37,8 +37,9 @@ HARMLESS = [
 # Comparisons whose operands are never equal, in any call that could be made. They count only if they weren't in those that were.
 NEVER_EQUAL = [
     (re.compile(r"return tl\.load\(ptr \+ values, mask=values < -K"), "a value is at least 0, K at least 1"),
+    (re.compile(r"tl\.load\(qweight_ptr, mask=K < 0"), "K is at least 1"),
     (
-        re.compile(r"inside = n \+ offs_h < tl\.cdiv\(N, 16\) \* 16"),
+        re.compile(r"mask = \(offs < rows_left // PER\)"),
         "a step's first half is one panel here, and there is one wherever there is a step",
     ),
 ]

@@ -20,12 +20,24 @@ from ..launch import CHANNEL_LOSS_GPU as LAUNCH
 
 
 @triton.jit
-def _kept(mask_ptr, offs_t, tokens):
-    """Which tokens count."""
-    keep = offs_t < tokens
-    if mask_ptr is not None:
-        keep = keep & (tl.load(mask_ptr + offs_t, mask=keep, other=0) != 0)
-    return keep
+def _kept(mask_ptr, first, tokens, BLOCK_T: tl.constexpr):
+    """BLOCK_T tokens from `first`, a multiple of BLOCK_T, on, and which of them count.
+
+    Where the mask comes as words of 64 bits the tokens are eight apart: those that a thread has in its registers are neighbours, and share a word.
+    """
+    offs = tl.arange(0, BLOCK_T)
+    if mask_ptr is not None and mask_ptr.dtype.element_ty == tl.int64:
+        WORDS: tl.constexpr = BLOCK_T // 8
+        offs_t = first + offs % WORDS * 8 + offs // WORDS
+        at = first // 8 + tl.arange(0, WORDS)
+        words = tl.load(mask_ptr + at, mask=at < tokens // 8, other=0)
+        keep = (offs_t < tokens) & (tl.reshape((words[None, :] >> 8 * tl.arange(0, 8)[:, None]) & 255, [BLOCK_T]) != 0)
+    else:
+        offs_t = first + offs
+        keep = offs_t < tokens
+        if mask_ptr is not None:
+            keep = keep & (tl.load(mask_ptr + offs_t, mask=keep, other=0) != 0)
+    return offs_t, keep
 
 
 @triton.jit
@@ -46,8 +58,7 @@ def channel_partials_fwd_kernel(
     correction = tl.zeros((BLOCK_C,), tl.float32)
     m2 = tl.zeros((BLOCK_C,), tl.float32)
     for tile in range(tiles):
-        offs_t = (strip * tiles + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
-        keep = _kept(mask_ptr, offs_t, tokens)
+        offs_t, keep = _kept(mask_ptr, (strip * tiles + tile) * BLOCK_T, tokens, BLOCK_T)
         added = tl.sum(keep.to(tl.int32), axis=0)
         inverse = tl.div_rn(1.0, tl.maximum(added, 1).to(tl.float32))
         x = tl.load(x_ptr + offs_t[:, None] * channels + offs_c[None, :], mask=keep[:, None] & inside[None, :], other=0.0).to(tl.float32)
@@ -144,9 +155,9 @@ def channel_loss_bwd_kernel(
 ):  # fmt: skip
     """dL/dx of a tile. grad_ptr None: 1. kept_ptr: the number of tokens that the mask keeps; None without a mask."""
     blocks_c = tl.cdiv(channels, BLOCK_C)
-    offs_t = (tl.program_id(0) // blocks_c).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    keep, inside = _kept(mask_ptr, offs_t, tokens), offs_c < channels
+    offs_t, keep = _kept(mask_ptr, (tl.program_id(0) // blocks_c).to(tl.int64) * BLOCK_T, tokens, BLOCK_T)
+    inside = offs_c < channels
     mean = tl.load(mean_q_ptr + offs_c, mask=inside, other=0.0)
     d_mean = mean - tl.load(mean_f_ptr + offs_c, mask=inside, other=0.0)
     d_var = tl.load(var_q_ptr + offs_c, mask=inside, other=0.0) - tl.load(var_f_ptr + offs_c, mask=inside, other=0.0)
@@ -172,7 +183,7 @@ def _partials(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, T
     counts = torch.empty(strips, dtype=torch.int32, device=x.device)
     roughs, corrections, m2s = torch.empty(3, strips, channels, dtype=torch.float32, device=x.device)
     channel_partials_fwd_kernel[(strips * triton.cdiv(channels, block_c),)](
-        x, mask, counts, roughs, corrections, m2s, tokens, channels, tiles,
+        x, _in_words(mask), counts, roughs, corrections, m2s, tokens, channels, tiles,
         BLOCK_T=LAUNCH.block_tokens, BLOCK_C=block_c, num_warps=LAUNCH.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return counts, roughs, corrections, m2s
@@ -238,9 +249,16 @@ def _write_gradient(
         # Left on the device: nothing here waits for it.
         kept = None if mask is None else mask.sum()
         channel_loss_bwd_kernel[(triton.cdiv(tokens, LAUNCH.grad_tokens) * triton.cdiv(channels, block_c),)](
-            grad, x.contiguous(), _contiguous(mask), kept, mean_q.contiguous(), var_q.contiguous(), mean_f.contiguous(), var_f.contiguous(), out,
-            tokens, channels, SQUARED=squared, BLOCK_T=LAUNCH.grad_tokens, BLOCK_C=block_c, num_warps=LAUNCH.grad_warps, enable_fp_fusion=True,
+            grad, x.contiguous(), _in_words(_contiguous(mask)), kept, mean_q.contiguous(), var_q.contiguous(), mean_f.contiguous(), var_f.contiguous(),
+            out, tokens, channels, SQUARED=squared, BLOCK_T=LAUNCH.grad_tokens, BLOCK_C=block_c, num_warps=LAUNCH.grad_warps, enable_fp_fusion=True,
         )  # fmt: skip
+
+
+def _in_words(mask: Tensor | None) -> Tensor | None:
+    """The mask as int64, 8 tokens to each, where their number and its address allow it."""
+    if mask is None or mask.numel() % 8 or mask.data_ptr() % 8:
+        return mask
+    return mask.view(-1).view(torch.int64)
 
 
 def _contiguous(mask: Tensor | None) -> Tensor | None:

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import packing
 from ..launch import DequantGemmGpu
+from .triton_unpack import as_columns, as_rows, int8_of, packed_pairs, parameters_of, unpacking_tables, weights_of
 
 
 @triton.jit
@@ -25,132 +27,11 @@ def _tile(m_blocks, n_blocks, GROUP_M: tl.constexpr):
     return first + inside % rows, inside // rows
 
 
-@triton.jit
-def _as_loaded(values, ptr, K):
-    """values, as a load that reads nothing gives them.
-
-    The compiler lays words out as the tensor cores want codes only where it can trace codes back to loads and uniform constants. Shifts
-    computed from tl.arange would stop it, and every code would pass through shared memory.
-    """
-    return tl.load(ptr + values, mask=values < -K, other=values)
-
-
-@triton.jit
-def _shifts(ptr, K, BITS: tl.constexpr):
-    """Where in a word the k-th of its codes lies: k = 4r + j is field r of byte j (packing.py); of 3 bits, the low two."""
-    FIELD: tl.constexpr = 2 if BITS == 3 else BITS
-    k = tl.arange(0, 32 // FIELD)
-    return _as_loaded(8 * (k % 4) + FIELD * (k // 4), ptr, K)
-
-
-@triton.jit
-def _high_shifts(ptr, K):
-    """Where the high bit of the k-th code of 3 bits lies in the third word of its chunk."""
-    k = tl.arange(0, 32)
-    return _as_loaded(8 * (k % 4) + k // 4, ptr, K)
-
-
-@triton.jit
-def _words(ptr, rows, row_mask, offs_w, left, EVEN_K: tl.constexpr):
-    """A tile of packed words; `left` words of each panel lie before the end of K."""
-    mask = row_mask[:, None]
-    if not EVEN_K:
-        mask = mask & (offs_w < left)[None, :]
-    return tl.load(ptr + (rows[:, None] + offs_w[None, :] * 16), mask=mask, other=0)
-
-
-@triton.jit
-def _codes(
-    qweight_ptr, rows, row_mask, k, K, shift, high_shift, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr
-):
-    """Codes [BLOCK_N, BLOCK_K] from k on, a multiple of 32, in the low BITS of int32; what lies above them is undefined."""
-    ptr = qweight_ptr + k // 32 * (BITS * 16)
-    left = (tl.cdiv(K, 32) - k // 32) * BITS
-    if BITS == 3:
-        i = tl.arange(0, BLOCK_K // 16)
-        low = _words(ptr, rows, row_mask, i // 2 * 3 + i % 2, left, EVEN_K)
-        high = _words(ptr, rows, row_mask, tl.arange(0, BLOCK_K // 32) * 3 + 2, left, EVEN_K)
-        low = tl.reshape(low[:, :, None] >> shift[None, None, :], [BLOCK_N, BLOCK_K])
-        high = tl.reshape(high[:, :, None] >> high_shift[None, None, :], [BLOCK_N, BLOCK_K])
-        return (low & 3) | ((high & 1) << 2)
-    else:
-        words = _words(ptr, rows, row_mask, tl.arange(0, BLOCK_K * BITS // 32), left, EVEN_K)
-        return tl.reshape(words[:, :, None] >> shift[None, None, :], [BLOCK_N, BLOCK_K])
-
-
-@triton.jit
-def _biased(codes, BITS: tl.constexpr, dtype: tl.constexpr):
-    """A power of two plus each code, exactly, made by setting bits: conversions run at a quarter of the rate or less."""
-    MASK: tl.constexpr = (1 << BITS) - 1
-    if dtype == tl.float16:
-        return ((codes.to(tl.uint16) & MASK) | 0x6400).to(tl.float16, bitcast=True)
-    elif dtype == tl.bfloat16:
-        return ((codes.to(tl.uint16) & MASK) | 0x4300).to(tl.bfloat16, bitcast=True)
-    else:
-        return ((codes.to(tl.int32) & MASK) | 0x4B000000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _weights(codes, zeros, scales, BITS: tl.constexpr, dtype: tl.constexpr):
-    """code - zero, exactly, times the scale where there is one, rounded once; codes, zeros and scales broadcast against each other."""
-    WIDE: tl.constexpr = dtype == tl.bfloat16 and (BITS == 8 or scales is not None)
-    between: tl.constexpr = tl.float32 if WIDE else dtype
-    if zeros is None:
-        BIAS: tl.constexpr = 1024.0 if between == tl.float16 else 128.0 if between == tl.bfloat16 else 8388608.0
-        weights = _biased(codes, BITS, between) - (BIAS + (1 << (BITS - 1)))
-    else:
-        weights = _biased(codes, BITS, between) - _biased(zeros, BITS, between)
-    if scales is not None:
-        if scales.dtype == dtype:
-            weights = weights * scales
-        else:
-            weights = weights.to(tl.float32) * scales.to(tl.float32)
-    return weights.to(dtype)
-
-
-@triton.jit
-def _int8(codes, zeros, BITS: tl.constexpr):
-    """code - zero as int8; of 8 bits always code - 128, as code - zero needs 9."""
-    MASK: tl.constexpr = (1 << BITS) - 1
-    if zeros is None or BITS == 8:
-        return ((codes & MASK) - (1 << (BITS - 1))).to(tl.int8)
-    else:
-        return ((codes & MASK) - zeros.to(tl.int32)).to(tl.int8)
-
-
-@triton.jit
-def _parameters(
-    ptr, k, n, K, N, qweight_ptr, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """Scales or zeros, of BITS each, of BLOCK_N rows from n and BLOCK_K columns from k on: [BLOCK_N, 1], of several groups [BLOCK_N, BLOCK_K].
-
-    Where they come as int64 each holds 64 / BITS of them: one by one they would be too small for the asynchronous copies that bring the rest.
-    """
-    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE if GROUP_SIZE > 0 and GROUP_SIZE < BLOCK_K else 1
-    PER: tl.constexpr = 64 // BITS if ptr.dtype.element_ty == tl.int64 else 1
-    groups = (k // GROUP_SIZE if GROUP_SIZE > 0 else 0) + tl.arange(0, GROUPS)
-    offs = n // PER + tl.arange(0, BLOCK_N // PER)
-    mask = (offs < N // PER)[:, None] & (groups * GROUP_SIZE < K)[None, :]
-    values = tl.load(ptr + (groups.to(tl.int64)[None, :] * (N // PER) + offs[:, None]), mask=mask, other=0)
-    if PER > 1:
-        shift = _as_loaded(tl.arange(0, PER) * BITS, qweight_ptr, K).to(tl.int64)
-        values = tl.reshape(values[:, None, :] >> shift[None, :, None], [BLOCK_N, GROUPS])
-        if BITS == 8:
-            values = (values & 255).to(tl.int16)
-        elif BITS == 16:
-            values = values.to(tl.int16).to(tl.float16, bitcast=True)
-        else:
-            values = values.to(tl.int32).to(tl.float32, bitcast=True)
-    if GROUPS > 1:
-        values = tl.reshape(tl.broadcast_to(values[:, :, None], [BLOCK_N, GROUPS, GROUP_SIZE]), [BLOCK_N, BLOCK_K])
-    return values
-
-
 @triton.jit(do_not_specialize=["M"])
 def dequant_gemm_fwd_kernel(
     x_ptr, qweight_ptr, scales_ptr, zeros_ptr, bias_ptr, x_scale_ptr, y_ptr, M, N, K,
-    BITS: tl.constexpr, SCALE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr,
+    BITS: tl.constexpr, PER: tl.constexpr, PER_HIGH: tl.constexpr, SCALE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x @ dequant(W)^T + bias, or with SPLIT_K > 1 its partial sums [SPLIT_K, M, N] without bias.
 
@@ -176,11 +57,10 @@ def dequant_gemm_fwd_kernel(
     x_ptr += pid_m.to(tl.int64) * BLOCK_M * K
     qweight_ptr += pid_n.to(tl.int64) * (BLOCK_N // 16) * panel
     offs_x = offs_m[None, :] * K + tl.arange(0, HALF)[:, None]
-    rows = offs_n // 16 * panel + offs_n % 16
-    shift, high_shift = _shifts(qweight_ptr, K, BITS), _high_shifts(qweight_ptr, K)
+    tables = unpacking_tables(qweight_ptr, K, BITS)
 
     if GROUP_SIZE == 0 and zeros_ptr is not None:
-        channel_zeros = _parameters(zeros_ptr, 0, first_n, K, N, qweight_ptr, 0, 8, BLOCK_N, HALF)
+        channel_zeros = parameters_of(zeros_ptr, 0, first_n, K, N, qweight_ptr, 0, 8, BLOCK_N, HALF)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if INTEGER and GROUP_SIZE == 0 else tl.float32)
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
     for step in range(pid_k * steps, tl.minimum((pid_k + 1) * steps, tl.cdiv(K, BLOCK_K))):
@@ -190,33 +70,33 @@ def dequant_gemm_fwd_kernel(
             if not EVEN_K:
                 mask_x = mask_x & (k + tl.arange(0, HALF) < K)[:, None]
             x = tl.load(x_ptr + k + offs_x, mask=mask_x, other=0)
-            codes = _codes(qweight_ptr, rows, offs_n < rows_left, k, K, shift, high_shift, BITS, BLOCK_N, HALF, EVEN_K)
+            pairs = packed_pairs(qweight_ptr, panel, rows_left, k, K, tables, BITS, PER, PER_HIGH, BLOCK_N, HALF, EVEN_K)
             # Loaded once a step where both halves lie in one group.
             if GROUP_SIZE > 0 and (half == 0 or GROUP_SIZE % BLOCK_K != 0):
-                scales = _parameters(scales_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF)
+                scales = parameters_of(scales_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF)
                 if zeros_ptr is not None:
-                    group_zeros = _parameters(zeros_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, HALF)
+                    group_zeros = parameters_of(zeros_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, HALF)
             if zeros_ptr is not None:
                 zeros = group_zeros if GROUP_SIZE > 0 else channel_zeros
             else:
                 zeros = None
             if INTEGER:
-                w = _int8(codes, zeros, BITS)
+                w = int8_of(pairs, zeros, BITS)
             else:
-                w = _weights(codes, zeros, scales if SCALE_WEIGHTS else None, BITS, dtype)
+                w = tl.reshape(weights_of(pairs, zeros, scales if SCALE_WEIGHTS else None, tables, BITS, dtype), [BLOCK_N, HALF])
             if SCALE_PRODUCTS:
                 product = tl.dot(w, x, out_dtype=tl.int32 if INTEGER else tl.float32)
                 if REMAINDER:
-                    product += (128 - zeros.to(tl.int32)) * tl.sum(x.to(tl.int32), 0)[None, :]
+                    product += (128 - (zeros & 255)) * tl.sum(x.to(tl.int32), 0)[None, :]
                 acc += product.to(tl.float32) * scales.to(tl.float32)
             else:
                 acc = tl.dot(w, x, acc, out_dtype=tl.int32 if INTEGER else tl.float32)
                 if REMAINDER:
-                    acc += (128 - zeros.to(tl.int32)) * tl.sum(x.to(tl.int32), 0)[None, :]
+                    acc += (128 - (zeros & 255)) * tl.sum(x.to(tl.int32), 0)[None, :]
 
     y = acc.to(tl.float32)
     if GROUP_SIZE == 0:
-        y *= _parameters(scales_ptr, 0, first_n, K, N, qweight_ptr, 0, SCALE_BITS, BLOCK_N, BLOCK_K).to(tl.float32)
+        y *= parameters_of(scales_ptr, 0, first_n, K, N, qweight_ptr, 0, SCALE_BITS, BLOCK_N, BLOCK_K).to(tl.float32)
     if INTEGER:
         y *= tl.load(x_scale_ptr + pid_m * BLOCK_M + offs_m, mask=mask_m, other=0)[None, :]
     if bias_ptr is not None:
@@ -241,8 +121,8 @@ def dequant_gemm_sum_kernel(partial_ptr, bias_ptr, y_ptr, size, N, SPLIT_K: tl.c
 @triton.jit(do_not_specialize=["M"])
 def dequant_gemm_bwd_kernel(
     grad_ptr, qweight_ptr, scales_ptr, zeros_ptr, grad_x_ptr, M, N, K,
-    BITS: tl.constexpr, SCALE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, EVEN_N: tl.constexpr,
+    BITS: tl.constexpr, PER: tl.constexpr, PER_HIGH: tl.constexpr, SCALE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
     """grad_x [M, K] = grad [M, N] @ dequant(W). GROUP_SIZE 0: a scale per channel. EVEN_N: BLOCK_N divides N."""
     pid_m, pid_k = _tile(tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
@@ -254,8 +134,7 @@ def dequant_gemm_bwd_kernel(
     panel = tl.cdiv(K, 32) * (BITS * 16)
     grad_ptr += pid_m.to(tl.int64) * BLOCK_M * N
     offs_g = offs_m[None, :] * N + offs_h[:, None]
-    rows = offs_h // 16 * panel + offs_h % 16
-    shift, high_shift = _shifts(qweight_ptr, K, BITS), _high_shifts(qweight_ptr, K)
+    tables = unpacking_tables(qweight_ptr, K, BITS)
 
     acc = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
     for step in range(0, tl.cdiv(N, BLOCK_N)):
@@ -267,18 +146,17 @@ def dequant_gemm_bwd_kernel(
                 mask_g = mask_g & mask_n[:, None]
             grad = tl.load(grad_ptr + n + offs_g, mask=mask_g, other=0)
             words = qweight_ptr + (n // 16).to(tl.int64) * panel
-            inside = n + offs_h < tl.cdiv(N, 16) * 16
-            codes = _codes(words, rows, inside, first_k, K, shift, high_shift, BITS, HALF, BLOCK_K, False)
+            pairs = packed_pairs(words, panel, tl.cdiv(N, 16) * 16 - n, first_k, K, tables, BITS, PER, PER_HIGH, HALF, BLOCK_K, False)
             zeros = None
             if zeros_ptr is not None:
-                zeros = _parameters(zeros_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, 8, HALF, BLOCK_K)
-            scales = _parameters(scales_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, HALF, BLOCK_K)
-            w = _weights(codes, zeros, scales, BITS, dtype)
-            acc = tl.dot(tl.trans(w), grad, acc)
+                zeros = parameters_of(zeros_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, 8, HALF, BLOCK_K)
+            scales = parameters_of(scales_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, HALF, BLOCK_K)
+            w = as_rows(weights_of(pairs, zeros, scales, tables, BITS, dtype))
+            acc = tl.dot(w, grad, acc)
 
     grad_x_ptr += pid_m.to(tl.int64) * BLOCK_M * K + first_k
     mask = mask_m[None, :] & (first_k + offs_k < K)[:, None]
-    tl.store(grad_x_ptr + (offs_m[None, :] * K + offs_k[:, None]), acc.to(dtype), mask=mask)
+    tl.store(grad_x_ptr + (offs_m[None, :] * K + offs_k[:, None]), as_columns(acc.to(dtype)), mask=mask)
 
 
 @triton.jit
@@ -312,6 +190,20 @@ def _in_words(parameters: Tensor | None) -> Tensor | None:
     return parameters.view(torch.int64)
 
 
+def rows_per_load(bits: int, rows: int, columns: int, num_warps: int, aligned: bool = True) -> dict[str, int]:
+    """The kernels' PER and PER_HIGH for a tile of the weight: how many rows' words a load takes at a time.
+
+    Two where one row's would leave a thread less than 8 bytes of the tile, the least that it should copy at once; each is then cut apart again.
+    """
+    chunks = columns // packing.CHUNK
+    words = {"PER": (2 if bits == 3 else bits) * chunks, "PER_HIGH": chunks}
+    return {name: 2 if aligned and rows * count < 2 * 32 * num_warps else 1 for name, count in words.items()}
+
+
+def _aligned(qweight: Tensor) -> bool:
+    return qweight.data_ptr() % 8 == 0
+
+
 def _divisor(block: int, size: int) -> int:
     """The largest power of two that divides `size`, and at most `block`; `block` for size 0."""
     return min(block, size & -size) if size else block
@@ -331,7 +223,8 @@ def _multiply(
     blocks = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     dequant_gemm_fwd_kernel[(blocks, split_k)](
         x, qweight, _in_words(scales), _in_words(zeros), bias if split_k == 1 else None, x_scale, out, m, n, k,
-        BITS=bits, SCALE_BITS=8 * scales.itemsize, GROUP_SIZE=group_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, SPLIT_K=split_k,
+        BITS=bits, **rows_per_load(bits, config.block_n, block_k // 2, config.num_warps, _aligned(qweight)), SCALE_BITS=8 * scales.itemsize,
+        GROUP_SIZE=group_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, SPLIT_K=split_k,
         GROUP_M=config.group_m, EVEN_K=k % block_k == 0, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if split_k > 1:
@@ -382,7 +275,8 @@ def grad_x(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, 
     blocks = triton.cdiv(m, config.block_m) * triton.cdiv(k, block_k)
     dequant_gemm_bwd_kernel[(blocks,)](
         grad, qweight, _in_words(scales), _in_words(zeros), y, m, n, k,
-        BITS=bits, SCALE_BITS=8 * scales.itemsize, GROUP_SIZE=group_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k,
+        BITS=bits, **rows_per_load(bits, config.block_n // 2, block_k, config.num_warps, _aligned(qweight)), SCALE_BITS=8 * scales.itemsize,
+        GROUP_SIZE=group_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k,
         GROUP_M=config.group_m, EVEN_N=n % config.block_n == 0, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return y

@@ -8,9 +8,10 @@ The sum over K is split among the threads of a program, not among programs: the 
 N = 2048 on. Below that the whole weight takes a microsecond or two, no longer than the second launch that adding up parts of
 different programs would cost. The order of the sum is fixed, so that the result is the same in every run.
 
-A code is turned into the float32 v = 1 + code / 2**bits by writing it into a float16's mantissa, two codes at a time, and
-    sum x (code - zero) scale = scale (2**bits sum x v - (2**bits + zero) sum x)
-is corrected once for the codes that share a scale.
+A code is turned into the float32 v = 2**e + code by cutting it out of its word into the mantissa of that power of two, and
+    sum x (code - zero) scale = scale (sum x v - (2**e + zero) sum x)
+is corrected once for the codes that share a scale. The two rows of four codes that a thread takes of a word come to lie at two places of
+mantissas with one shift, with an e of 8 at most: what v has more than the code costs the sum few of float32's bits.
 """
 
 from __future__ import annotations
@@ -31,27 +32,27 @@ WAVEFRONT = 64
 
 
 @triton.jit
-def _pair(word, POSITION: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr):
-    """The BITS bits from POSITION on, of either half of a word, moved to end below bit TOP of that half."""
-    SHIFT: tl.constexpr = POSITION - (TOP - BITS)
-    MASK: tl.constexpr = ((1 << BITS) - 1) << (TOP - BITS)
-    moved = word >> SHIFT if SHIFT >= 0 else word << -SHIFT
-    return moved & (MASK | MASK << 16)
+def _place(BITS: tl.constexpr, ROW: tl.constexpr):
+    """The bit of a float32's mantissa that a code's lowest bit comes to, of its row 0 or 1."""
+    place: tl.constexpr = 15 if BITS == 8 else 19 + 2 * ROW if BITS == 2 else 15 + 4 * ROW
+    return place
 
 
 @triton.jit
-def _codes(low, high, ROW: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constexpr):
-    """Codes k = 4 ROW + BYTE and k + 2, as 1 + code / 2**BITS in float32: the code is the start of the mantissa of a float16 in [1, 2)."""
-    if BITS == 3:
-        pair = _pair(low, 8 * BYTE + 2 * ROW, 2, 9) | _pair(high, 8 * BYTE + ROW, 1, 10)
-    elif BITS == 8:
-        pair = _pair(low if ROW == 0 else high, 8 * BYTE, 8, 10)
+def _moved(word, RIGHT: tl.constexpr):
+    return word >> RIGHT if RIGHT >= 0 else word << -RIGHT
+
+
+@triton.jit
+def _code(low, high, power, ROW: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constexpr):
+    """Code k = 4 ROW + BYTE plus 2**(23 - place), the power whose bits in float32 are `power`."""
+    PLACE: tl.constexpr = _place(BITS, ROW)
+    if BITS == 8:
+        moved = _moved(low if ROW == 0 else high, 8 * BYTE - PLACE)
     else:
-        pair = _pair(low, 8 * BYTE + BITS * ROW, BITS, 10)
-    pair |= 0x3C003C00
-    first = pair.to(tl.int16).to(tl.float16, bitcast=True)
-    second = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return first.to(tl.float32), second.to(tl.float32)
+        moved = _moved(low, 8 * BYTE + (2 if BITS == 2 else 4) * ROW - PLACE)
+    bits = (moved & (((1 << BITS) - 1) << PLACE)) | power
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -68,17 +69,20 @@ def _words(weight_ptrs, chunk, half, RUN: tl.constexpr, BITS: tl.constexpr):
         high = low
         if BITS == 3:
             high = tl.load(weight_ptrs + ((chunk * 3 + 2) * 16)[:, None, None]) >> (4 * RUN + 2 * half)[:, None, None]
+            # The two rows of the run as those of 4 bits, the low two bits of each and their high one.
+            low = (low & 0x03030303) | ((low << 2) & 0x30303030) | ((high << 2) & 0x04040404) | ((high << 5) & 0x40404040)
     return low, high
 
 
 @triton.jit
-def _accumulate(acc, low, high, x_first, x_second, ROW: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constexpr, CENTRE: tl.constexpr):
-    first, second = _codes(low, high, ROW, BYTE, BITS)
-    if CENTRE != 0.0:
-        first -= CENTRE
-        second -= CENTRE
-    acc += first[None] * x_first[:, :, :, None]
-    return acc + second[None] * x_second[:, :, :, None]
+def _accumulate(acc, low, high, power, x, ROW: tl.constexpr, BITS: tl.constexpr, CENTRE: tl.constexpr):
+    """acc + the products of a row's four codes with the four values of x."""
+    for BYTE in tl.static_range(4):
+        value = _code(low, high, power, ROW, BYTE, BITS)
+        if CENTRE:
+            value -= 2.0 ** (23 - _place(BITS, ROW)) + 2.0 ** (BITS - 1)
+        acc += value[None] * x[BYTE][:, :, :, None]
+    return acc
 
 
 @triton.jit
@@ -116,7 +120,7 @@ def dequant_gemv_fwd_kernel(
     """y [M, N] = x [M, K] @ dequant(W)^T + bias; program i computes columns 16i to 16i + 15.
 
     GROUP_CHUNKS: chunks of a group, 0 for one group. TAIL: K ends within a chunk. THREAD_ROWS: four threads each, two share a chunk. CHUNKS, a
-    divisor of GROUP_CHUNKS (of all chunks for one group): chunks unpacked between two scalings. CENTRE: what is subtracted from v first.
+    divisor of GROUP_CHUNKS (of all chunks for one group): chunks unpacked between two scalings. CENTRE: v is made code - 2**(BITS - 1) first.
     """
     tile = tl.program_id(0)
     chunks = tl.cdiv(K, 32)
@@ -131,6 +135,10 @@ def dequant_gemv_fwd_kernel(
     # Rows past the last one repeat it, and what they sum is not stored; so do chunks, and their scales are zero. No load waits for a mask.
     x_ptrs = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None, None, None] * K + offs_k[None]
 
+    # As if they were loaded: known to be constant, setting them beside a code would take an instruction of its own.
+    power = tl.load(qweight_ptr, mask=K < 0, other=(150 - _place(BITS, 0)) << 23)
+    power_1 = tl.load(qweight_ptr, mask=K < 0, other=(150 - _place(BITS, 1)) << 23)
+
     acc = tl.zeros([BLOCK_M, THREAD_ROWS, 4, 4], tl.float32)
     BLOCK_C: tl.constexpr = THREAD_ROWS // 2 * CHUNKS
     for start in range(0, chunks, BLOCK_C):
@@ -139,6 +147,7 @@ def dequant_gemv_fwd_kernel(
         first = tl.minimum(first, chunks - CHUNKS)
         part = tl.zeros([BLOCK_M, THREAD_ROWS, 4, 4], tl.float32)
         x_sum = tl.zeros([BLOCK_M, THREAD_ROWS, 4], tl.float32)
+        x_sum_1 = x_sum
         for step in tl.static_range(2 * CHUNKS):
             chunk, run = first + step // 2, step % 2
             low, high = _words(weight_ptrs, chunk, half, run, BITS)
@@ -148,20 +157,26 @@ def dequant_gemv_fwd_kernel(
             else:
                 x = tl.load(x_ptrs + at_k[None]).to(tl.float32)
             x_sum += tl.sum(x, 3)
+            # Adding -0 changes no number, and so the compiler leaves it out.
+            x_sum_1 += tl.sum(tl.where(tl.arange(0, 8)[None, None, None, :] < 4, -0.0, x), 3)
             k0, k1, k2, k3, k4, k5, k6, k7 = _columns(x)
-            part = _accumulate(part, low, high, k0, k2, 0, 0, BITS, CENTRE)
-            part = _accumulate(part, low, high, k1, k3, 0, 1, BITS, CENTRE)
-            part = _accumulate(part, low, high, k4, k6, 1, 0, BITS, CENTRE)
-            part = _accumulate(part, low, high, k5, k7, 1, 1, BITS, CENTRE)
+            part = _accumulate(part, low, high, power, (k0, k1, k2, k3), 0, BITS, CENTRE)
+            part = _accumulate(part, low, high, power_1, (k4, k5, k6, k7), 1, BITS, CENTRE)
         group = first // GROUP_CHUNKS if GROUP_CHUNKS else first * 0
         at = group[:, None, None] * N + offs_n[None]
         mask = inside[:, None, None] & mask_n[None]
         scale = tl.load(scales_ptr + at, mask=mask, other=0.0).to(tl.float32)
         if zeros_ptr is None:
-            offset = scale * ((1.5 - CENTRE) * 2.0**BITS)
+            zero = 2.0 ** (BITS - 1)
         else:
-            offset = scale * (tl.load(zeros_ptr + at, mask=mask, other=0).to(tl.float32) + (1.0 - CENTRE) * 2.0**BITS)
-        acc += part * (scale * 2.0**BITS)[None] - x_sum[:, :, :, None] * offset[None]
+            zero = tl.load(zeros_ptr + at, mask=mask, other=0).to(tl.float32)[None]
+        if CENTRE:
+            part -= x_sum[:, :, :, None] * (zero - 2.0 ** (BITS - 1))
+        else:
+            # Of row 0 all, of row 1 what its power has less.
+            less = 2.0 ** (23 - _place(BITS, 0)) - 2.0 ** (23 - _place(BITS, 1))
+            part += (x_sum_1 * less)[:, :, :, None] - x_sum[:, :, :, None] * (zero + 2.0 ** (23 - _place(BITS, 0)))
+        acc += part * scale[None]
     y = tl.sum(acc, 1)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None]
@@ -170,7 +185,7 @@ def dequant_gemv_fwd_kernel(
 
 
 def chunks_per_thread(wanted: int, run: int, bits: int, rows: int) -> int:
-    """How many chunks of K a thread takes at a time: a divisor of a run of chunks with one scale. One where a third plane of bits and four rows of sums leave no registers for more."""
+    """How many chunks of K a thread takes at a time: a divisor of a run of chunks with one scale. One where sums leave no registers for more."""
     return 1 if bits == 3 and rows > 2 else math.gcd(wanted, run)
 
 
@@ -206,8 +221,8 @@ def gemv(
         BLOCK_M=triton.next_power_of_2(m),
         THREAD_ROWS=rows_per_warp * num_warps,
         CHUNKS=per_thread,
-        # Of float32 all bits count: with v - 1.5 in v's place little cancels, for one more instruction a code.
-        CENTRE=1.5 if x.dtype == torch.float32 else 0.0,
+        # Of float32 all bits count: little cancels then, for one more instruction a code.
+        CENTRE=x.dtype == torch.float32,
         num_warps=num_warps,
         enable_fp_fusion=True,
     )

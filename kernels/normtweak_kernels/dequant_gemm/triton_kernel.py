@@ -7,8 +7,10 @@ memory takes all the time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +27,9 @@ Config = DequantGemvGpu | DequantGemmGpu
 FEW_ROWS = 64
 # Products of two bytes whose sum surely fits into 32 bits.
 MAX_BYTE_SUM = 2**16
-# What `warm` times: decoding, batches, prompts.
+# What `warm` times: decoding, batches, prompts; backward the rows of a training step.
 WARM_ROWS = tuple(2**i for i in range(13))
+WARM_BACKWARD_ROWS = WARM_ROWS[8:]
 
 
 def _group_size(k: int, groups: int) -> str | None:
@@ -136,22 +139,30 @@ def dequant_gemm(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | Non
 
 
 def warm(n: int, k: int, bits: int, groups: int, symmetric: bool, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
-    """Times what a weight [n, k] may be launched with on its GPU, for all WARM_ROWS, and notes the fastest; yields a line for each."""
+    """Times what a weight [n, k] may be launched with on its GPU, for all WARM_ROWS, backward for WARM_BACKWARD_ROWS, and notes the fastest.
+
+    Yields a line for each.
+    """
     qweight = torch.randint(-(2**31), 2**31 - 1, packing.packed_shape(n, k, bits), dtype=torch.int32, device=device)
     scales = torch.rand(groups, n, device=device).half()
     zeros = None if symmetric else torch.randint(0, 2**bits, (groups, n), dtype=torch.uint8, device=device)
+
+    def choose(regime: str, m: int, configs: Sequence[Config], run: Callable[[Any], Tensor]) -> str:
+        with gpu.on_device_of(qweight):
+            best, microseconds = tuning.tune(configs, run, OutOfResources)
+        tuning.note({_key(regime, m, n, k, bits, groups): best}, device.index)
+        return f"{n} x {k}, {bits} bits, M = {m}, {regime}: {microseconds:.1f} us, {best}"
+
     for m in WARM_ROWS:
         x = torch.randn(m, k, dtype=dtype, device=device)
         for activations in ("auto", "int8_token") if m > MAX_ROWS else ("auto",):
             regime, configs = candidates(lists(device), m, bits, groups, dtype, activations)
-
-            def run(config: Config, x: Tensor = x, activations: str = activations) -> Tensor:
-                return _launch(config, x, qweight, scales, zeros, None, bits, activations)
-
-            with gpu.on_device_of(x):
-                best, microseconds = tuning.tune(configs, run, OutOfResources)
-            tuning.note({_key(regime, m, n, k, bits, groups): best}, device.index)
-            yield f"{n} x {k}, {bits} bits, M = {m}, {regime}: {microseconds:.1f} us, {best}"
+            yield choose(
+                regime, m, configs, partial(_launch, x=x, qweight=qweight, scales=scales, zeros=zeros, bias=None, bits=bits, activations=activations)
+            )
+    for m in WARM_BACKWARD_ROWS:
+        grad = torch.randn(m, n, dtype=dtype, device=device)
+        yield choose("backward", m, lists(device).gradients(bits, groups), partial(grad_x, grad, qweight, scales, zeros, bits, k))
 
 
 @registry.register("dequant_gemm_backward", "triton", _refuses_backward)

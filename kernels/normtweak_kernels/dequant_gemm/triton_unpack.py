@@ -1,0 +1,156 @@
+"""Packed weights in the registers of dequant_gemm's GEMMs on GPUs: words, codes, weights.
+
+Codes come in pairs, k and k + 1, that lie 8 bits apart in a word (packing.py): one shift brings both to where each takes one more instruction, which
+cuts it out and sets it into the mantissa of a power of two. A step of a product costs 3 to 5 instructions a weight, its scaling included.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _as_loaded(values, ptr, K):
+    """values, as a load that reads nothing gives them.
+
+    The compiler lays words out as the tensor cores want codes only where it can trace codes back to loads and uniform constants. Shifts
+    computed from tl.arange would stop it, and every code would pass through shared memory.
+    """
+    return tl.load(ptr + values, mask=values < -K, other=values)
+
+
+@triton.jit
+def unpacking_tables(ptr, K, BITS: tl.constexpr):
+    """What turns words into weights, made once before the loop.
+
+    The first three say where in a word the k-th pair of its codes begins, the second code 8 bits behind the first: k = 4r + j is field r of byte j
+    (packing.py). Of 3 bits the first is for the low two, the others for the high bits: its half of the word, and the bit in there. Then which of two
+    words in an int64, and the bits of the powers of two, in float32, whose mantissas count ones from bit 0 and from bit 8 on: known to be constant
+    they would take an instruction more each time.
+    """
+    FIELD: tl.constexpr = 2 if BITS == 3 else BITS
+    pair = tl.arange(0, 16 // FIELD)
+    shift = _as_loaded(16 * (pair % 2) + FIELD * (pair // 2), ptr, K).to(tl.int32)
+    half, bit = _as_loaded(16 * tl.arange(0, 2), ptr, K).to(tl.int32), _as_loaded(tl.arange(0, 8), ptr, K).to(tl.int32)
+    word = _as_loaded(32 * tl.arange(0, 2), ptr, K).to(tl.int64)
+    second = tl.arange(0, 2)
+    mask = _as_loaded(((1 << BITS) - 1) << 8 * second, ptr, K)
+    power, position = _as_loaded((150 - 8 * second) << 23, ptr, K), _as_loaded(8 * second, ptr, K)
+    return shift, half, bit, word, mask.to(tl.int32), power.to(tl.int32), position.to(tl.int32)
+
+
+@triton.jit
+def _words(ptr, panel, rows_left, offs_w, left, word_shift, PER: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr):
+    """A tile of packed words, PER rows at a time; `left` words of each panel (16 rows) lie before the end of K, rows_left rows before that of N."""
+    LANES: tl.constexpr = 16 // PER
+    offs = tl.arange(0, BLOCK_N // PER)
+    mask = (offs < rows_left // PER)[:, None]
+    if not EVEN_K:
+        mask = mask & (offs_w < left)[None, :]
+    at = (offs // LANES * (panel // PER) + offs % LANES)[:, None] + offs_w[None, :] * LANES
+    if PER == 1:
+        return tl.load(ptr + at, mask=mask, other=0)
+    else:
+        words = tl.load(ptr.to(tl.pointer_type(tl.int64), bitcast=True) + at, mask=mask, other=0)
+        return tl.reshape(words[:, None, :] >> word_shift[None, :, None], [BLOCK_N, words.shape[1]]).to(tl.int32)
+
+
+@triton.jit
+def packed_pairs(
+    qweight_ptr, panel, rows_left, k, K, tables,
+    BITS: tl.constexpr, PER: tl.constexpr, PER_HIGH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """Codes from k on, a multiple of 32, two in an int32 [BLOCK_N, BLOCK_K / 2]: from bits 0 and 8 on; what else is in it is undefined."""
+    ptr = qweight_ptr + k // 32 * (BITS * 16)
+    left = (tl.cdiv(K, 32) - k // 32) * BITS
+    if BITS == 3:
+        i = tl.arange(0, BLOCK_K // 16)
+        low = _words(ptr, panel, rows_left, i // 2 * 3 + i % 2, left, tables[3], PER, BLOCK_N, EVEN_K)
+        high = _words(ptr, panel, rows_left, tl.arange(0, BLOCK_K // 32) * 3 + 2, left, tables[3], PER_HIGH, BLOCK_N, EVEN_K)
+        low = tl.reshape(low[:, :, None] >> tables[0][None, None, :], [BLOCK_N, BLOCK_K // 2])
+        # Moved to where the code wants them once for the eight pairs that a half of the word has.
+        halves = (high[:, :, None] >> tables[1][None, None, :]) << 2
+        high = tl.reshape(halves[:, :, None, :] >> tables[2][None, None, :, None], [BLOCK_N, BLOCK_K // 2])
+        return (low & 0x303) | (high & 0x404)
+    else:
+        words = _words(ptr, panel, rows_left, tl.arange(0, BLOCK_K * BITS // 32), left, tables[3], PER, BLOCK_N, EVEN_K)
+        return tl.reshape(words[:, :, None] >> tables[0][None, None, :], [BLOCK_N, BLOCK_K // 2])
+
+
+@triton.jit
+def weights_of(pairs, zeros, scales, tables, BITS: tl.constexpr, dtype: tl.constexpr):
+    """(code - zero) times the scale where there is one, rounded once: [N, K / 2, 2]. zeros and scales [N, 1] or [N, K / 2].
+
+    A code is set into the mantissa of a power of two in float32, as conversions run at a quarter of the rate or less.
+    """
+    masks, powers, positions = tables[4][None, None, :], tables[5][None, None, :], tables[6][None, None, :]
+    values = ((pairs[:, :, None] & masks) | powers).to(tl.float32, bitcast=True)
+    if zeros is None:
+        weights = values - (powers.to(tl.float32, bitcast=True) + (1 << (BITS - 1)))
+    else:
+        weights = values - (((zeros[:, :, None] << positions) & masks) | powers).to(tl.float32, bitcast=True)
+    if scales is not None:
+        weights *= scales.to(tl.float32)[:, :, None]
+    return weights.to(dtype)
+
+
+@triton.jit
+def as_rows(pairs):
+    """[N, K / 2, 2] -> [K, N], the 32 columns of a chunk in rows that one thread has: what it unpacks of a word, and scales, is what it multiplies.
+
+    On tensor cores those are rows 8 apart, and as far apart as a product of all warps is high: half the tile or less.
+    """
+    N: tl.constexpr = pairs.shape[0]
+    K: tl.constexpr = 2 * pairs.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(pairs, [N, K // 32, 2, 8, 2]), (2, 1, 4, 3, 0)), [K, N])
+
+
+@triton.jit
+def as_columns(rows):
+    """Rows [K, M] that `as_rows` moved apart, in the order of the columns that they were."""
+    K: tl.constexpr = rows.shape[0]
+    blocks = tl.reshape(rows, [2, K // 32, 2, 8, rows.shape[1]])
+    return tl.reshape(tl.permute(blocks, (1, 0, 3, 2, 4)), [K, rows.shape[1]])
+
+
+@triton.jit
+def int8_of(pairs, zeros, BITS: tl.constexpr):
+    """code - zero as int8; of 8 bits always code - 128, as code - zero needs 9."""
+    MASK: tl.constexpr = (1 << BITS) - 1
+    codes = tl.reshape(tl.join(pairs, pairs >> 8), [pairs.shape[0], 2 * pairs.shape[1]])
+    if zeros is None or BITS == 8:
+        return ((codes & MASK) - (1 << (BITS - 1))).to(tl.int8)
+    else:
+        return ((codes & MASK) - (zeros & MASK)).to(tl.int8)
+
+
+@triton.jit
+def parameters_of(
+    ptr, k, n, K, N, qweight_ptr, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Scales or zeros, of BITS each, of BLOCK_N rows from n and BLOCK_K columns from k on: [BLOCK_N, 1], of several groups [BLOCK_N, BLOCK_K / 2].
+
+    Of zeros, int32, only the low 8 bits are theirs. Where they come as int64 each holds 64 / BITS of them: one by one they would be too small for
+    the asynchronous copies that bring the rest.
+    """
+    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE if GROUP_SIZE > 0 and GROUP_SIZE < BLOCK_K else 1
+    PER: tl.constexpr = 64 // BITS if ptr.dtype.element_ty == tl.int64 else 1
+    groups = (k // GROUP_SIZE if GROUP_SIZE > 0 else 0) + tl.arange(0, GROUPS)
+    offs = n // PER + tl.arange(0, BLOCK_N // PER)
+    mask = (offs < N // PER)[:, None] & (groups * GROUP_SIZE < K)[None, :]
+    values = tl.load(ptr + (groups.to(tl.int64)[None, :] * (N // PER) + offs[:, None]), mask=mask, other=0)
+    if PER > 1:
+        shift = _as_loaded(tl.arange(0, PER) * BITS, qweight_ptr, K).to(tl.int64)
+        values = tl.reshape(values[:, None, :] >> shift[None, :, None], [BLOCK_N, GROUPS])
+        if BITS == 8:
+            values = values.to(tl.int32)
+        elif BITS == 16:
+            values = values.to(tl.int16).to(tl.float16, bitcast=True)
+        else:
+            values = values.to(tl.int32).to(tl.float32, bitcast=True)
+    elif BITS == 8:
+        values = values.to(tl.int32)
+    if GROUPS > 1:
+        values = tl.reshape(tl.broadcast_to(values[:, :, None], [BLOCK_N, GROUPS, GROUP_SIZE // 2]), [BLOCK_N, BLOCK_K // 2])
+    return values
