@@ -209,15 +209,16 @@ DEQUANT_GEMM_GPU = {
     ),
     # B200: its memory is 2.4 times as fast as H100's, its float32 units are not. Two rows of sums spill.
     "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=1, backward=_BACKWARD_TWO_STAGES),
-    # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth. Its tensor cores are slow beside its other units: 64 rows are enough for them,
-    # and larger tiles spill.
+    # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth. Its tensor cores are slow beside its other units: small tiles are enough for
+    # them, and larger ones spill with 3 bits in groups.
     "sm_120": replace(
         _SM_86,
         multiprocessors=170,
         gemv_max_rows=4,
+        many_rows=(replace(_MANY_ROWS[1], num_warps=8), replace(_MANY_ROWS[1], block_n=64)),
         many_rows_first={},
         int8=_SM_86.int8[1:],
-        backward=_BACKWARD_TWO_STAGES,
+        backward=(replace(_BACKWARD_TWO_STAGES[0], block_m=32),),
         backward_first={},
     ),
     # MI300X: 64 KB of shared memory; a wavefront of 64 lanes does twice a warp's work. Above 2 rows their sums spill out of the registers, and so do
