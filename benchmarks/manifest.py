@@ -16,7 +16,15 @@ from typing import Any
 
 from normtweak_kernels.dequant_gemm.triton_gemm import rows_per_load
 from normtweak_kernels.dequant_gemm.triton_gemv import chunks_per_thread
-from normtweak_kernels.launch import CHANNEL_LOSS_GPU, DEQUANT_GEMM_GPU, GPTQ_BLOCK_UPDATE_GPU, DequantGemmGpu, DequantGemvGpu, hessian_update_gpu
+from normtweak_kernels.launch import (
+    CHANNEL_LOSS_GPU,
+    DEQUANT_GEMM_GPU,
+    GPTQ_BLOCK_UPDATE_GPU,
+    DequantGemmGpu,
+    DequantGemvGpu,
+    hessian_update_gpu,
+    nearest_architecture,
+)
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 FILE = Path(__file__).with_name("kernels.json")
@@ -140,7 +148,6 @@ def channel_loss(targets: list[str]) -> Iterator[Entry]:
 
 
 def gptq_block_update(targets: list[str]) -> Iterator[Entry]:
-    config = GPTQ_BLOCK_UPDATE_GPU
     pointers = {"weight_ptr": "*fp32", "hinv_ptr": "*fp32", "codes_ptr": "*u8", "scales_ptr": "*fp32", "zeros_ptr": "*u8", "errors_ptr": "*fp32"}
     sizes = {"n": "i32:16", "k": "i32:16", "groups": "i32", "group_size": "i32:16", "start": "i32:16", "width": "i32:16"}
     problem = {"vars": {"N": 4096}, "flops": "2*N*128*64", "bytes": "N*128*13 + 128*128*4", "grid": "cdiv(N,BLOCK_N)"}
@@ -157,11 +164,15 @@ def gptq_block_update(targets: list[str]) -> Iterator[Entry]:
             "BITS": bits,
             "SYMMETRIC": not steps,
             "FIND": find,
+            "FIRSTS": 4,
             "CLIP_STEPS": steps,
         }
-        arguments |= {"BLOCK_N": config.block_rows, "BLOCK_K": config.max_columns}
         kernel = "gptq_block_update.triton_kernel:gptq_block_update_fwd_kernel"
-        yield entry(f"gptq_block_update, {name}", kernel, targets, arguments, {"num_warps": config.num_warps, "enable_fp_fusion": False}, problem)
+        for target in targets:
+            config = GPTQ_BLOCK_UPDATE_GPU[nearest_architecture(target, GPTQ_BLOCK_UPDATE_GPU)]
+            tile = {"BLOCK_N": config.block_rows, "BLOCK_K": config.max_columns}
+            options = {"num_warps": config.num_warps, "enable_fp_fusion": False}
+            yield entry(f"gptq_block_update, {name}", kernel, [target], arguments | tile, options, problem)
 
 
 def hessian_update(targets: list[str]) -> Iterator[Entry]:

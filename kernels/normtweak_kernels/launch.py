@@ -290,16 +290,17 @@ CHANNEL_LOSS_GPU = ChannelLossGpu()
 
 @dataclass(frozen=True)
 class GptqBlockUpdateGpu:
-    """One launch of gptq_block_update's Triton kernel. One set for every GPU: a column's latency counts, not a unit's speed. Not yet timed on one."""
+    """One launch of gptq_block_update's Triton kernel: a column's latency counts, not a unit's speed. Not yet timed on a GPU."""
 
-    # A row's 128 columns are 4 registers in each of a warp's 32 lanes, its errors and codes 8 more.
+    # A row's 128 columns are four neighbours in each of 32 lanes: as many again for each column's scale, zero and diagonal, eight for two rows of U.
     max_columns: int = 128
     # A row per warp: the shortest way from one column to the next, and rows enough for every multiprocessor from N = 1100 on.
     block_rows: int = 8
     num_warps: int = 8
 
 
-GPTQ_BLOCK_UPDATE_GPU = GptqBlockUpdateGpu()
+# Half of a wavefront's 64 lanes have a row each.
+GPTQ_BLOCK_UPDATE_GPU = {"sm_80": GptqBlockUpdateGpu(), "gfx942": GptqBlockUpdateGpu(num_warps=4)}
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,12 @@ def test_clip_search(bits, symmetric):
 def test_clip_factors_are_the_reference_s(clip_steps):
     from normtweak_kernels.gptq_block_update.triton_kernel import _clip_factors
 
-    want = torch.tensor([1.0 - step * (1.0 - affine.MIN_CLIP) / clip_steps for step in range(clip_steps + 1)])
-    assert torch.equal(_clip_factors(clip_steps, torch.device("cpu")), want)
+    want = torch.tensor([1.0 - step * (1.0 - affine.MIN_CLIP) / clip_steps for step in range(1, clip_steps + 1)])
+    got = _clip_factors(clip_steps, torch.device("cpu"))
+    assert torch.equal(got[:clip_steps], want)
+    # Read two at a time.
+    assert len(got) % 2 == 0
+    assert (got[clip_steps:] == 1).all()
 
 
 # Blocks of several launches: groups of 48 columns go in twos, a group that is wider than a launch has its grid found before.
@@ -169,9 +173,10 @@ def test_a_block_in_the_middle(capability):
 def test_memory_is_asked_for_once(capability, static):
     reports = check_equal(simulated(capability, OUTPUTS), 16, 128, bits=4, group_size=32, static=static)
     assert_coalesced(reports)
-    # The weight, U once for all rows, and grids with the columns' groups.
+    # The weight, of U the triangle in squares of four, once for all rows, and grids with the columns' groups.
+    triangle = 16 * 32 * 33 // 2
     parameters = 4 * 16 * 5 + 128 * 4 if static else 0
-    assert reports[0].bytes_read == 4 * (16 * 128 + 128 * 128) + parameters
+    assert reports[0].bytes_read == 4 * (16 * 128 + triangle) + parameters
 
 
 @pytest.mark.ptx

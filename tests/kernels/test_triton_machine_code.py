@@ -15,9 +15,9 @@ LOAD = re.compile(r"LDGSTS|LDG\b|global_load|buffer_load")
 # Lower bounds on the static share of the tensor cores' peak for the launches that run where nothing was tuned, and on the share of wide loads.
 CEILED = ("sm_80", "sm_90")
 LEAST_CEILING = 0.75
-# The merge of the loss reads a count for each strip, gptq_block_update a diagonal and a group for each column: docs/gpu.md.
+# The merge of the loss reads a count for each strip: docs/gpu.md.
 LEAST_WIDE = 0.9
-SCALARS_TOO = ("channel_loss merge", "channel_statistics merge", "gptq_block_update")
+SCALARS_TOO = ("channel_loss merge", "channel_statistics merge")
 
 
 def manifest():
