@@ -15,9 +15,7 @@ LOAD = re.compile(r"LDGSTS|LDG\b|global_load|buffer_load")
 # Lower bounds on the static share of the tensor cores' peak for the launches that run where nothing was tuned, and on the share of wide loads.
 CEILED = ("sm_80", "sm_90")
 LEAST_CEILING = 0.75
-# The merge of the loss reads a count for each strip: docs/gpu.md.
 LEAST_WIDE = 0.9
-SCALARS_TOO = ("channel_loss merge", "channel_statistics merge")
 
 
 def manifest():
@@ -85,7 +83,7 @@ def check(entry, target, monkeypatch):
     row, wide, loads = examine(entry, target, monkeypatch)
     if entry["name"] == "dequant_gemm many rows" and target in CEILED and runs_untuned(entry, target):
         assert row["tensor_ceiling"] >= LEAST_CEILING, (entry, target, row["tensor_ceiling"])
-    if target in CEILED and not entry["name"].startswith(SCALARS_TOO):
+    if target in CEILED:
         assert wide >= LEAST_WIDE * loads, (entry, target, wide, loads)
     return wide, loads
 

@@ -84,14 +84,27 @@ def channel_partials_fwd_kernel(
 
 
 @triton.jit
+def _counted(counts_ptr, start, strips, BLOCK_S: tl.constexpr):
+    """BLOCK_S strips from `start`, a multiple of BLOCK_S, on, and how many tokens each counts; in words of 64 bits by twos, as `_kept`'s tokens by eights."""
+    offs = tl.arange(0, BLOCK_S)
+    if counts_ptr.dtype.element_ty == tl.int64:
+        WORDS: tl.constexpr = BLOCK_S // 2
+        at = start // 2 + tl.arange(0, WORDS)
+        words = tl.load(counts_ptr + at, mask=at < strips // 2, other=0)
+        return start + offs % WORDS * 2 + offs // WORDS, tl.reshape(words[None, :] >> 32 * tl.arange(0, 2)[:, None], [BLOCK_S]).to(tl.int32)
+    else:
+        offs_s = start + offs
+        return offs_s, tl.load(counts_ptr + offs_s, mask=offs_s < strips, other=0)
+
+
+@triton.jit
 def _merged(counts_ptr, roughs_ptr, corrections_ptr, m2s_ptr, strips, channels, offs_c, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
     """Number of tokens, mean and m2 of this program's channels over all strips; the mean is NaN when no token counts."""
     inside = offs_c < channels
     kept = tl.zeros((BLOCK_S,), tl.int32)
     total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     for start in range(0, strips, BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)
-        n = tl.load(counts_ptr + offs_s, mask=offs_s < strips, other=0)
+        offs_s, n = _counted(counts_ptr, start, strips, BLOCK_S)
         read = (offs_s < strips)[:, None] & inside[None, :]
         total += n.to(tl.float32)[:, None] * tl.load(roughs_ptr + offs_s[:, None] * channels + offs_c[None, :], mask=read, other=0.0)
         kept += n
@@ -101,8 +114,8 @@ def _merged(counts_ptr, roughs_ptr, corrections_ptr, m2s_ptr, strips, channels, 
     first = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     second = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     for start in range(0, strips, BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)
-        n = tl.load(counts_ptr + offs_s, mask=offs_s < strips, other=0).to(tl.float32)
+        offs_s, n = _counted(counts_ptr, start, strips, BLOCK_S)
+        n = n.to(tl.float32)
         offsets = offs_s[:, None] * channels + offs_c[None, :]
         read = (offs_s < strips)[:, None] & inside[None, :]
         strip_rough = tl.load(roughs_ptr + offsets, mask=read, other=0.0)
@@ -194,13 +207,13 @@ def channel_statistics(x: Tensor, mask: Tensor | None) -> tuple[int, Tensor, Ten
     """See statistics.py. The number of tokens is a Python number: with a mask this waits for the device."""
     channels = x.shape[-1]
     with gpu.on_device_of(x):
-        partials = _partials(x.contiguous(), _contiguous(mask))
+        counts, *moments = _partials(x.contiguous(), _contiguous(mask))
         mean, m2 = torch.empty(2, channels, dtype=torch.float32, device=x.device)
         channel_statistics_fwd_kernel[(triton.cdiv(channels, LAUNCH.merge_channels),)](
-            *partials, mean, m2, len(partials[0]), channels,
+            _in_words(counts), *moments, mean, m2, len(counts), channels,
             BLOCK_S=LAUNCH.merge_strips, BLOCK_C=LAUNCH.merge_channels, num_warps=LAUNCH.merge_warps, enable_fp_fusion=True,
         )  # fmt: skip
-    count = x.numel() // channels if mask is None else int(partials[0].sum())
+    count = x.numel() // channels if mask is None else int(counts.sum())
     # Without a token the mean is 0 / 0.
     return count, mean.double().nan_to_num(0.0) if count == 0 else mean.double(), m2.double()
 
@@ -210,12 +223,12 @@ def channel_loss(x: Tensor, mean_f: Tensor, var_f: Tensor, mask: Tensor | None, 
     """See the package's docstring."""
     channels = x.shape[-1]
     with gpu.on_device_of(x):
-        partials = _partials(x.contiguous(), _contiguous(mask))
+        counts, *moments = _partials(x.contiguous(), _contiguous(mask))
         programs = triton.cdiv(channels, LAUNCH.merge_channels)
         mean_q, var_q = torch.empty(channels, dtype=torch.float32, device=x.device), torch.empty(channels, dtype=torch.float32, device=x.device)
         losses = torch.empty(programs, dtype=torch.float32, device=x.device)
         channel_loss_fwd_kernel[(programs,)](
-            *partials, mean_f.contiguous(), var_f.contiguous(), mean_q, var_q, losses, len(partials[0]), channels,
+            _in_words(counts), *moments, mean_f.contiguous(), var_f.contiguous(), mean_q, var_q, losses, len(counts), channels,
             SQUARED=squared, BLOCK_S=LAUNCH.merge_strips, BLOCK_C=LAUNCH.merge_channels, num_warps=LAUNCH.merge_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return losses.sum(), mean_q, var_q
@@ -254,11 +267,11 @@ def _write_gradient(
         )  # fmt: skip
 
 
-def _in_words(mask: Tensor | None) -> Tensor | None:
-    """The mask as int64, 8 tokens to each, where their number and its address allow it."""
-    if mask is None or mask.numel() % 8 or mask.data_ptr() % 8:
-        return mask
-    return mask.view(-1).view(torch.int64)
+def _in_words(values: Tensor | None) -> Tensor | None:
+    """A mask or counts as int64, 8 tokens or 2 strips to each, where their number and address allow it."""
+    if values is None or values.nbytes % 8 or values.data_ptr() % 8:
+        return values
+    return values.view(-1).view(torch.int64)
 
 
 def _contiguous(mask: Tensor | None) -> Tensor | None:
