@@ -117,7 +117,14 @@ def channel_loss(targets: list[str]) -> Iterator[Entry]:
     config, module = CHANNEL_LOSS_GPU, "channel_loss.triton_kernel:"
     partials = {"counts_ptr": "*i32", "roughs_ptr": "*fp32", "corrections_ptr": "*fp32", "m2s_ptr": "*fp32"}
     sizes = {"tokens": "i32:16", "channels": "i32:16"}
-    merge = {**partials, "counts_ptr": "*i64", "strips": "i32", "channels": "i32:16", "BLOCK_S": config.merge_strips, "BLOCK_C": config.merge_channels}
+    merge = {
+        **partials,
+        "counts_ptr": "*i64",
+        "strips": "i32",
+        "channels": "i32:16",
+        "BLOCK_S": config.merge_strips,
+        "BLOCK_C": config.merge_channels,
+    }
     variables = {"T": 16384, "C": 4096}
     for dtype, size, masked in (("bf16", 2, False), ("fp32", 4, False), ("bf16", 2, True)):
         suffix, mask = f" {dtype}" + ", mask" * masked, "*i64" if masked else None

@@ -24,20 +24,20 @@ def _as_loaded(values, ptr, K):
 def unpacking_tables(ptr, K, BITS: tl.constexpr):
     """What turns words into weights, made once before the loop.
 
-    The first three say where in a word the k-th pair of its codes begins, the second code 8 bits behind the first: k = 4r + j is field r of byte j
-    (packing.py). Of 3 bits the first is for the low two, the others for the high bits: its half of the word, and the bit in there. Then which of two
-    words in an int64, and the bits of the powers of two, in float32, whose mantissas count ones from bit 0 and from bit 8 on: known to be constant
-    they would take an instruction more each time.
+    The first two say where in a word the k-th pair of its codes begins, the second code 8 bits behind the first: k = 4r + j is field r of byte j
+    (packing.py). Of 3 bits the first is for the low two, the second, less 2 and modulo 32, for the high bit. Then which of two words in an int64, and
+    the bits of the powers of two, in float32, whose mantissas count ones from bit 0 and from bit 8 on: known to be constant they would take an
+    instruction more each time.
     """
     FIELD: tl.constexpr = 2 if BITS == 3 else BITS
-    pair = tl.arange(0, 16 // FIELD)
+    pair, high_pair = tl.arange(0, 16 // FIELD), tl.arange(0, 16)
     shift = _as_loaded(16 * (pair % 2) + FIELD * (pair // 2), ptr, K).to(tl.int32)
-    half, bit = _as_loaded(16 * tl.arange(0, 2), ptr, K).to(tl.int32), _as_loaded(tl.arange(0, 8), ptr, K).to(tl.int32)
+    rotation = _as_loaded((16 * (high_pair % 2) + high_pair // 2 + 30) % 32, ptr, K).to(tl.int32)
     word = _as_loaded(32 * tl.arange(0, 2), ptr, K).to(tl.int64)
     second = tl.arange(0, 2)
     mask = _as_loaded(((1 << BITS) - 1) << 8 * second, ptr, K)
-    power, position = _as_loaded((150 - 8 * second) << 23, ptr, K), _as_loaded(8 * second, ptr, K)
-    return shift, half, bit, word, mask.to(tl.int32), power.to(tl.int32), position.to(tl.int32)
+    power = _as_loaded((150 - 8 * second) << 23, ptr, K)
+    return shift, rotation, word, mask.to(tl.int32), power.to(tl.int32)
 
 
 @triton.jit
@@ -66,15 +66,16 @@ def packed_pairs(
     left = (tl.cdiv(K, 32) - k // 32) * BITS
     if BITS == 3:
         i = tl.arange(0, BLOCK_K // 16)
-        low = _words(ptr, panel, rows_left, i // 2 * 3 + i % 2, left, tables[3], PER, BLOCK_N, EVEN_K)
-        high = _words(ptr, panel, rows_left, tl.arange(0, BLOCK_K // 32) * 3 + 2, left, tables[3], PER_HIGH, BLOCK_N, EVEN_K)
+        low = _words(ptr, panel, rows_left, i // 2 * 3 + i % 2, left, tables[2], PER, BLOCK_N, EVEN_K)
+        high = _words(ptr, panel, rows_left, tl.arange(0, BLOCK_K // 32) * 3 + 2, left, tables[2], PER_HIGH, BLOCK_N, EVEN_K)
         low = tl.reshape(low[:, :, None] >> tables[0][None, None, :], [BLOCK_N, BLOCK_K // 2])
-        # Moved to where the code wants them once for the eight pairs that a half of the word has.
-        halves = (high[:, :, None] >> tables[1][None, None, :]) << 2
-        high = tl.reshape(halves[:, :, None, :] >> tables[2][None, None, :, None], [BLOCK_N, BLOCK_K // 2])
-        return (low & 0x303) | (high & 0x404)
+        # Rotated, as the high bit may lie below the third of the code, where it goes.
+        high, right = high.to(tl.uint32, bitcast=True)[:, :, None], tables[1].to(tl.uint32, bitcast=True)[None, None, :]
+        rotated = (high >> (right & 31)) | (high << ((0 - right) & 31))
+        high = tl.reshape(rotated.to(tl.int32, bitcast=True), [BLOCK_N, BLOCK_K // 2])
+        return (low & 0x303) | (high & ~0x303)
     else:
-        words = _words(ptr, panel, rows_left, tl.arange(0, BLOCK_K * BITS // 32), left, tables[3], PER, BLOCK_N, EVEN_K)
+        words = _words(ptr, panel, rows_left, tl.arange(0, BLOCK_K * BITS // 32), left, tables[2], PER, BLOCK_N, EVEN_K)
         return tl.reshape(words[:, :, None] >> tables[0][None, None, :], [BLOCK_N, BLOCK_K // 2])
 
 
@@ -84,12 +85,15 @@ def weights_of(pairs, zeros, scales, tables, BITS: tl.constexpr, dtype: tl.const
 
     A code is set into the mantissa of a power of two in float32, as conversions run at a quarter of the rate or less.
     """
-    masks, powers, positions = tables[4][None, None, :], tables[5][None, None, :], tables[6][None, None, :]
+    masks, powers = tables[3][None, None, :], tables[4][None, None, :]
     values = ((pairs[:, :, None] & masks) | powers).to(tl.float32, bitcast=True)
     if zeros is None:
         weights = values - (powers.to(tl.float32, bitcast=True) + (1 << (BITS - 1)))
     else:
-        weights = values - (((zeros[:, :, None] << positions) & masks) | powers).to(tl.float32, bitcast=True)
+        # The zero by the mantissa of the first power, then exactly added to both.
+        first_power = tl.split(powers)[0]
+        zero = ((zeros & ((1 << BITS) - 1)) | first_power).to(tl.float32, bitcast=True) - first_power.to(tl.float32, bitcast=True)
+        weights = values - (powers.to(tl.float32, bitcast=True) + zero[:, :, None])
     if scales is not None:
         weights *= scales.to(tl.float32)[:, :, None]
     return weights.to(dtype)
