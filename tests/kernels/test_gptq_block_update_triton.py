@@ -15,7 +15,7 @@ from triton_checks import CAPABILITIES, assert_coalesced, interpreted, only_laun
 
 OUTPUTS = {"gptq_block_update_fwd_kernel": {"codes_ptr", "errors_ptr"}}
 # N, K, group size: rows that no program's 4 divide, widths that are no power of two.
-SHAPES = [(1, 33, 33), (5, 96, 24), (11, 128, 32)]
+SHAPES = [(3, 3, 3), (1, 33, 33), (5, 96, 24), (11, 128, 32)]
 
 
 @functools.cache
