@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import formats, models
 from .activations import CPU, BlockCalls
+from .attention import use_blockwise
 from .checkpoint import stored_activations
 from .config import require
 from .linear import PackedLinear, replace
@@ -22,6 +23,8 @@ class BlockReader:
     def __init__(self, folder: ModelFolder, device: torch.device = CPU) -> None:
         self.folder, self.device = folder, device
         self.model = folder.skeleton()
+        if device.type == "cpu":
+            use_blockwise(self.model)
         self.path = models.present_blocks(self.model)
         self.modules: nn.ModuleList = self.model.get_submodule(self.path)
         self.blocks = len(self.modules)

@@ -22,11 +22,14 @@ from torch.utils.checkpoint import checkpoint
 
 from . import norms
 from .activations import BlockCalls, computing, split_rows
+from .attention import use_blockwise
 from .config import PolishConfig
 from .progress import Progress
 
 # What is tried when no learning rate is given, in rising order.
 POLISH_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
+# Nats per token that sums over a vocabulary in float32 don't decide: two ways to compute the same model differ by 1e-8.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ def polish(
     Raises ValueError when the loss isn't finite.
     """
     start = {p.name: p.start for p in norms.norm_parameters(model, relative=True)}
+    if next(model.parameters()).device.type == "cpu":
+        use_blockwise(model)
     model.requires_grad_(False)
     own = {name: model.get_parameter(name).requires_grad_() for name in start}
     objective = _Objective(model, blocks, tokens, float_hidden, start | (float_values or {}), dtype)
@@ -90,7 +95,7 @@ def polish(
     if not math.isfinite(after):
         raise ValueError(f"polish: the loss must stay finite (try a smaller learning_rate), got {after}")
     after = _step_back(model, objective, start, after, held_out)
-    accepted = after < before and after <= wanted
+    accepted = before - after > ROUNDING and after <= wanted
     if not accepted:
         if untweaked and not undone and before > wanted:
             undone, before, start = True, plain, start | untweaked
