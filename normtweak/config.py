@@ -188,7 +188,8 @@ class PolishConfig:
 
     learning_rate: of Adam on relative steps, gain = gain0 * (1 + delta), falling linearly to 0; None tries several on a part of the text. iterations: passes over the calibration text.
     batch_size: sequences a step. held_out: share of the sequences, at least one, that is not trained on. min_gain: the norms are left as the quantizer left them unless the divergence
-    from the float model falls by this share there: what gains less on the model's own text gains nothing on other text (docs/experiments.md).
+    from the float model falls by this share there: what gains less on the model's own text gains nothing on other text (docs/experiments.md). extra_samples: sequences of the
+    calibration's text that are polished on beside those that the quantizer is given; new text wins more than further passes over the old.
     """
 
     learning_rate: float | None = 5e-3
@@ -196,6 +197,7 @@ class PolishConfig:
     batch_size: int = 2
     held_out: float = 0.125
     min_gain: float = 0.03
+    extra_samples: int = 0
 
     def __post_init__(self) -> None:
         where = "PolishConfig"
@@ -204,6 +206,7 @@ class PolishConfig:
         require(self.batch_size >= 1, where, "batch_size", "1 or more", self.batch_size)
         require(0 < self.held_out <= 0.5, where, "held_out", "above 0 and up to 0.5", self.held_out)
         require(0 <= self.min_gain < 1, where, "min_gain", "0 or more and below 1", self.min_gain)
+        require(self.extra_samples >= 0, where, "extra_samples", "0 or more", self.extra_samples)
 
 
 @dataclass(frozen=True)
