@@ -133,6 +133,21 @@ def test_no_gradient_is_computed_where_none_is_wanted():
         torch.testing.assert_close(_Divergence.apply(logits.detach(), logits), torch.tensor(0.0))
 
 
+def test_divergence_and_its_gradient_are_the_formulas():
+    generator = torch.Generator().manual_seed(0)
+    target = 5 * torch.randn(3, 11, 70, generator=generator)
+    # near to it, far from it, and so far that the likeliest token's probability is no float32
+    for distance in (1e-3, 3.0, 300.0):
+        logits = (target + distance * torch.randn(3, 11, 70, generator=generator)).requires_grad_()
+        found = _Divergence.apply(logits, target)
+        exact = logits.detach().double().requires_grad_()
+        p, q = target.double().log_softmax(-1), exact.log_softmax(-1)
+        expected = (p.exp() * (p - q)).sum(-1).mean()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-7)
+        (own,), (other,) = torch.autograd.grad(3 * found, logits), torch.autograd.grad(3 * expected, exact)
+        torch.testing.assert_close(own.double(), other, rtol=1e-5, atol=1e-7)
+
+
 def test_two_runs_with_one_seed_write_the_same_bytes(small_model, tmp_path):
     for name in ("a", "b"):
         run(small_model, tmp_path / name, polish={}, tweak={})
