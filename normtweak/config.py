@@ -288,7 +288,7 @@ class QuantizeConfig:
         one_of("QuantizeConfig", "preset", name, tuple(TWEAK_PRESETS))
         bits, polish = settings.get("bits", cls.bits), settings.get("polish", {})
         if name == "default" and isinstance(polish, dict) and settings.get("tweak", {}) is not None:
-            settings["polish"] = dataclasses.asdict(_default_polish(bits)) | polish
+            settings["polish"] = dataclasses.asdict(_default_polish(bits, _samples(settings))) | polish
             if bits in (4, 5, 8) and settings.get("method", cls.method) == "gptq":
                 # After GPTQ at 4 bits a block's tweak gains 0.3 % of its loss and nothing at the logits: the polish alone (docs/experiments.md).
                 settings.setdefault("tweak", None)
@@ -365,6 +365,9 @@ class RetweakConfig:
         tweak = settings.get("tweak", {})
         if isinstance(tweak, dict):
             settings["tweak"] = dataclasses.asdict(_default_tweak(bits)) | tweak
+        polish = settings.get("polish", {})
+        if isinstance(polish, dict):
+            settings["polish"] = dataclasses.asdict(_default_polish(bits, _samples(settings))) | polish
         return from_dict(cls, settings)
 
 
@@ -373,9 +376,16 @@ def _default_tweak(bits: int) -> TweakConfig:
     return TweakConfig(learning_rate=2e-3 if bits == 2 else 3e-4)
 
 
-def _default_polish(bits: int) -> PolishConfig:
-    # docs/experiments.md
-    return PolishConfig(learning_rate=1e-2 if bits == 2 else 5e-3)
+def _default_polish(bits: int, samples: int) -> PolishConfig:
+    # At 2 bits three times the text wins half as much again, at 3 bits hardly anything (docs/experiments.md).
+    return PolishConfig(learning_rate=1e-2, extra_samples=2 * samples) if bits == 2 else PolishConfig(learning_rate=5e-3)
+
+
+def _samples(settings: dict[str, Any]) -> int:
+    """The calibration sequences that a configuration's settings ask for; what is no number is complained of when the configuration is made."""
+    calibration = settings.get("calibration")
+    given = calibration.get("samples") if isinstance(calibration, dict) else getattr(calibration, "samples", None)
+    return given if isinstance(given, int) and given > 0 else CalibrationConfig.samples
 
 
 def _paper_tweak(bits: int) -> TweakConfig:

@@ -8,7 +8,7 @@ import torch
 import normtweak
 from normtweak import QuantizeConfig, models, pipeline
 from normtweak.activations import BlockCalls
-from normtweak.config import PolishConfig
+from normtweak.config import CalibrationConfig, PolishConfig
 from normtweak.norms import norm_parameters
 from normtweak.polish import POLISH_RATES, _Divergence, _Objective, polish
 from normtweak.progress import Silent
@@ -217,6 +217,10 @@ def test_presets():
     assert QuantizeConfig.preset("default").polish == PolishConfig()
     assert QuantizeConfig.preset("default", tweak=None).polish is None
     assert QuantizeConfig.preset("default", polish=None).polish is None
+    coarse = QuantizeConfig.preset("default", bits=2, calibration=CalibrationConfig(samples=10)).polish
+    assert (coarse.learning_rate, coarse.extra_samples) == (1e-2, 20)
+    assert QuantizeConfig.preset("default", bits=2).polish.extra_samples == 128
+    assert QuantizeConfig.preset("default", bits=2, polish={"extra_samples": 0}).polish.extra_samples == 0
     assert QuantizeConfig.preset("paper").polish is None
 
 
