@@ -43,6 +43,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "tweak and polish": {"tweak": {}},
     "polish": {"tweak": None, "polish": {}},
     "polish, 4 passes": {"tweak": None, "polish": {"iterations": 4}},
+    "no extra text": {"polish": {"extra_samples": 0}},
+    "published gptq": {"tweak": None, "polish": None, "sequential": False, "correction": 0.0, "act_order": False, "clip_steps": 0},
     "rates searched": {"tweak": {"learning_rate": None}, "polish": {"learning_rate": None}},
 }
 FIELDS = ("cell", "recipe", "seed", "cpu_seconds", "text", "perplexity", "recovered")
@@ -58,14 +60,28 @@ def perplexities(model: Any, tokenizer: Any, windows: dict[str, Tensor]) -> dict
     return {name: score(model, tokenizer, own, dtype=compute_dtype("auto")).perplexity for name, own in windows.items()}
 
 
-def rows_of(cell: str, seed: int, recipes: list[str], folder: models.ModelFolder, tokens: Tensor, windows: dict[str, Tensor], keep: Path):
-    """Measure the recipes of one cell, each after GPTQ alone; yields one row for each text."""
+def recipe_of(cell: str, recipe: str, seed: int) -> QuantizeConfig:
+    """A recipe's settings in a cell."""
+    return QuantizeConfig.preset(seed=seed, **CELLS[cell], **RECIPES[recipe])
+
+
+def extra_samples(config: QuantizeConfig) -> int:
+    """Sequences that a recipe's polish is given beside the others."""
+    return config.polish.extra_samples if config.polish else 0
+
+
+def rows_of(
+    cell: str, seed: int, recipes: list[str], folder: models.ModelFolder, tokens: Tensor, extra: Tensor, windows: dict[str, Tensor], keep: Path
+):
+    """Measure the recipes of one cell, each after GPTQ alone; yields one row for each text. extra: what the polish may have beside the tokens."""
     exact = perplexities(models.load(folder.path), folder.tokenizer, windows)
     base: dict[str, float] = {}
     for recipe in ["gptq", *(name for name in recipes if name != "gptq")]:
         out = keep / f"{cell}-{recipe.replace(', ', '-').replace(' ', '-')}-{seed}"
+        config = recipe_of(cell, recipe, seed)
+        further = extra[: extra_samples(config)]
         began = time.process_time()
-        normtweak.quantize(folder.path, out=out, config=QuantizeConfig.preset(seed=seed, **CELLS[cell], **RECIPES[recipe]), tokens=tokens)
+        normtweak.quantize(folder.path, out=out, config=config, tokens=tokens, extra_tokens=further if len(further) else None)
         seconds = time.process_time() - began
         found = perplexities(normtweak.load(out), folder.tokenizer, windows)
         base = base or found
@@ -99,10 +115,12 @@ def main() -> None:
         keep = options.keep or Path(scratch)
         keep.mkdir(parents=True, exist_ok=True)
         for seed in options.seeds:
-            config = CalibrationConfig(samples=options.samples, length=options.length)
-            tokens = load_file(options.tokens.format(seed=seed))["tokens"] if options.tokens else generated(folder, config, seed)
+            most = max(extra_samples(recipe_of(cell, recipe, seed)) for cell in options.cells for recipe in options.recipes)
+            config = CalibrationConfig(samples=options.samples + most, length=options.length)
+            text = load_file(options.tokens.format(seed=seed))["tokens"] if options.tokens else generated(folder, config, seed)
+            tokens, extra = text[: options.samples], text[options.samples :]
             for cell in options.cells:
-                for row in rows_of(cell, seed, options.recipes, folder, tokens, windows, keep):
+                for row in rows_of(cell, seed, options.recipes, folder, tokens, extra, windows, keep):
                     rows.append(row)
                     values = (row["cell"], row["recipe"], row["seed"], row["cpu_seconds"], row["perplexity"], row["recovered"], row["text"])
                     print("{:7} {:18} {:>4} {:7.1f} {:11.3f} {:10.1%}  {}".format(*values), flush=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import formats, models
 from .activations import CPU, BlockCalls
+from .attention import use_blockwise
 from .checkpoint import stored_activations
 from .config import require
 from .linear import PackedLinear, replace
@@ -22,6 +23,8 @@ class BlockReader:
     def __init__(self, folder: ModelFolder, device: torch.device = CPU) -> None:
         self.folder, self.device = folder, device
         self.model = folder.skeleton()
+        if device.type == "cpu":
+            use_blockwise(self.model)
         self.path = models.present_blocks(self.model)
         self.modules: nn.ModuleList = self.model.get_submodule(self.path)
         self.blocks = len(self.modules)
@@ -34,13 +37,17 @@ class BlockReader:
             calls.embed(torch.zeros(1, 4, dtype=torch.int64))
             calls.embed(torch.ones(1, 4, dtype=torch.int64))
 
-    def check_tokens(self, where: str, tokens: Tensor) -> None:
-        """Raise ValueError unless a user's own tokens can be calibrated on."""
+    def check_tokens(self, where: str, tokens: Tensor, extra: Tensor | None = None) -> None:
+        """Raise ValueError unless a user's own tokens can be calibrated on. extra: those for the polish alone."""
         vocabulary = self.folder.text_config.vocab_size
-        good = tokens.dim() == 2 and tokens.dtype == torch.int64 and tokens.shape[0] >= 1 and tokens.shape[1] >= 2
-        good = good and int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary
-        wanted = f"int64 [samples, length of 2 or more] of ids below {vocabulary}"
-        require(good, where, "tokens", wanted, f"{tokens.dtype} {tuple(tokens.shape)}")
+        for name, given in {"tokens": tokens, "extra_tokens": extra}.items():
+            if given is None:
+                continue
+            good = given.dim() == 2 and given.dtype == torch.int64 and given.shape[0] >= 1 and given.shape[1] >= 2
+            good = good and int(given.min()) >= 0 and int(given.max()) < vocabulary
+            wanted = f"int64 [samples, length of 2 or more] of ids below {vocabulary}"
+            require(good, where, name, wanted, f"{given.dtype} {tuple(given.shape)}")
+            require(given.shape[1] == tokens.shape[1], where, name, f"of the tokens' length {tokens.shape[1]}", given.shape[1])
         self.folder.check_length(where, tokens.shape[1])
 
     @contextmanager

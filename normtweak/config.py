@@ -188,7 +188,8 @@ class PolishConfig:
 
     learning_rate: of Adam on relative steps, gain = gain0 * (1 + delta), falling linearly to 0; None tries several on a part of the text. iterations: passes over the calibration text.
     batch_size: sequences a step. held_out: share of the sequences, at least one, that is not trained on. min_gain: the norms are left as the quantizer left them unless the divergence
-    from the float model falls by this share there: what gains less on the model's own text gains nothing on other text (docs/experiments.md).
+    from the float model falls by this share there: what gains less on the model's own text gains nothing on other text (docs/experiments.md). extra_samples: sequences of the
+    calibration's text that are polished on beside those that the quantizer is given; new text wins more than further passes over the old.
     """
 
     learning_rate: float | None = 5e-3
@@ -196,6 +197,7 @@ class PolishConfig:
     batch_size: int = 2
     held_out: float = 0.125
     min_gain: float = 0.03
+    extra_samples: int = 0
 
     def __post_init__(self) -> None:
         where = "PolishConfig"
@@ -204,6 +206,7 @@ class PolishConfig:
         require(self.batch_size >= 1, where, "batch_size", "1 or more", self.batch_size)
         require(0 < self.held_out <= 0.5, where, "held_out", "above 0 and up to 0.5", self.held_out)
         require(0 <= self.min_gain < 1, where, "min_gain", "0 or more and below 1", self.min_gain)
+        require(self.extra_samples >= 0, where, "extra_samples", "0 or more", self.extra_samples)
 
 
 @dataclass(frozen=True)
@@ -285,7 +288,7 @@ class QuantizeConfig:
         one_of("QuantizeConfig", "preset", name, tuple(TWEAK_PRESETS))
         bits, polish = settings.get("bits", cls.bits), settings.get("polish", {})
         if name == "default" and isinstance(polish, dict) and settings.get("tweak", {}) is not None:
-            settings["polish"] = dataclasses.asdict(_default_polish(bits)) | polish
+            settings["polish"] = dataclasses.asdict(_default_polish(bits, _samples(settings))) | polish
             if bits in (4, 5, 8) and settings.get("method", cls.method) == "gptq":
                 # After GPTQ at 4 bits a block's tweak gains 0.3 % of its loss and nothing at the logits: the polish alone (docs/experiments.md).
                 settings.setdefault("tweak", None)
@@ -362,6 +365,9 @@ class RetweakConfig:
         tweak = settings.get("tweak", {})
         if isinstance(tweak, dict):
             settings["tweak"] = dataclasses.asdict(_default_tweak(bits)) | tweak
+        polish = settings.get("polish", {})
+        if isinstance(polish, dict):
+            settings["polish"] = dataclasses.asdict(_default_polish(bits, _samples(settings))) | polish
         return from_dict(cls, settings)
 
 
@@ -370,9 +376,16 @@ def _default_tweak(bits: int) -> TweakConfig:
     return TweakConfig(learning_rate=2e-3 if bits == 2 else 3e-4)
 
 
-def _default_polish(bits: int) -> PolishConfig:
-    # docs/experiments.md
-    return PolishConfig(learning_rate=1e-2 if bits == 2 else 5e-3)
+def _default_polish(bits: int, samples: int) -> PolishConfig:
+    # At 2 bits three times the text wins half as much again, at 3 bits hardly anything (docs/experiments.md).
+    return PolishConfig(learning_rate=1e-2, extra_samples=2 * samples) if bits == 2 else PolishConfig(learning_rate=5e-3)
+
+
+def _samples(settings: dict[str, Any]) -> int:
+    """The calibration sequences that a configuration's settings ask for; what is no number is complained of when the configuration is made."""
+    calibration = settings.get("calibration")
+    given = calibration.get("samples") if isinstance(calibration, dict) else getattr(calibration, "samples", None)
+    return given if isinstance(given, int) and given > 0 else CalibrationConfig.samples
 
 
 def _paper_tweak(bits: int) -> TweakConfig:

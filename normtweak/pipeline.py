@@ -61,12 +61,14 @@ def quantize(
     out: str | os.PathLike[str],
     config: QuantizeConfig | None = None,
     tokens: Tensor | None = None,
+    extra_tokens: Tensor | None = None,
     progress: Progress | None = None,
     device: str = "auto",
 ) -> Report:
     """Quantize MODEL (see `models.resolve`) into the new folder `out`, a checkpoint of format `config.format` with tweaked norms.
 
-    tokens: token ids int64 [samples, length] to calibrate on; None takes what `config.calibration` names. device: where blocks are computed, "cpu",
+    tokens: token ids int64 [samples, length] to calibrate on; None takes what `config.calibration` names. extra_tokens: int64 [count, length], which the polish alone is given
+    beside `tokens`; where `tokens` is None, `config.polish.extra_samples` says how many. device: where blocks are computed, "cpu",
     "cuda", "cuda:N" or "auto", a GPU where there is one; a block at a time is there, the activations of all sequences stay in the host's memory.
     Everything that can be wrong with the input is found before any heavy work: raises ValueError in one line. The folder appears when it is
     whole; an error or Ctrl-C leaves none.
@@ -81,13 +83,13 @@ def quantize(
         plan = _Plan(folder, config, device_of(device))
         plan.check_disk(out)
         quantizers.find(config.method).check()
-        sequences = config.calibration.samples if tokens is None else len(tokens)
+        sequences = wanted_sequences(config) if tokens is None else len(tokens) + (0 if extra_tokens is None else len(extra_tokens))
         enough = config.polish is None or sequences > 1
         require(enough, "quantize", "polish", "given two sequences or more, as one is held out", sequences)
         report = Report(out, seconds=stages.seconds)
         take_text = None
         if tokens is not None:
-            plan.check_tokens("quantize", tokens)
+            plan.check_tokens("quantize", tokens, extra_tokens)
         elif config.needs_calibration:
             folder.check_length("quantize", config.calibration.length)
             take_text = calibration_text(folder, config, plan.device)
@@ -100,17 +102,17 @@ def quantize(
             if take_text is not None:
                 with stages("calibration"):
                     text = take_text(progress)
-                    tokens, report.calibration = text.tokens, text.report
+                    (tokens, extra_tokens), report.calibration = split_extra(text.tokens, config.polish), text.report
                     release()  # the whole float model, which wrote the text, goes before the blocks come
             with stages("blocks"):
                 untweaked: dict[str, Tensor] = {}
-                report.blocks, stream, float_stream = _run_blocks(plan, tokens, untweaked, writer, progress)
+                report.blocks, stream, float_hidden = _run_blocks(plan, tokens, extra_tokens, untweaked, writer, progress)
                 _write_rest(plan, _quantize_head(plan, tokens, stream, progress), writer)
             del stream
-            if config.polish and tokens is not None and float_stream is not None:
+            if config.polish and tokens is not None and float_hidden is not None:
                 release()
                 with stages("polish"):
-                    report.polish = _polish(plan, config.polish, tokens, float_stream, untweaked, writer, progress)
+                    report.polish = _polish(plan, config.polish, joined(tokens, extra_tokens), float_hidden, untweaked, writer, progress)
             report.float_size = plan.float_size
             recipe = _recipe(model, config, tokens, report) | {"sizes": {"packed": writer.size, "float": plan.float_size}}
             writer.write_json(RECIPE, recipe)
@@ -246,7 +248,10 @@ def _stored_dtype(folder: ModelFolder) -> torch.dtype:
 
 
 def calibration_text(folder: ModelFolder, config: QuantizeConfig | RetweakConfig, device: torch.device) -> Callable[[Progress], Calibration]:
-    """What gives the text that `config` names for a model, when called; on `device` where the model writes it. Raises ValueError for whatever is wrong with its source."""
+    """What gives the text that `config` names for a model, the polish's extra sequences behind the others, when called; on `device` where the model writes it.
+
+    Raises ValueError for whatever is wrong with its source.
+    """
     dtype = compute_dtype(config.compute_dtype, device)
     author = Author(
         folder.tokenizer,
@@ -255,22 +260,48 @@ def calibration_text(folder: ModelFolder, config: QuantizeConfig | RetweakConfig
         load=lambda: models.load(folder.path, dtype=dtype, device=device),
         identity=lambda: f"{folder.digest()} {dtype} {device.type}",
     )
-    return calibration.prepare(config.calibration, author, config.seed)
+    return calibration.prepare(replace(config.calibration, samples=wanted_sequences(config)), author, config.seed)
 
 
-# What happened to each block; the stream behind the last; the float model's own.
-_Blocks = tuple[list[BlockReport], Stream | None, Stream | None]
+def wanted_sequences(config: QuantizeConfig | RetweakConfig) -> int:
+    """How many the calibration text has, the polish's extra ones among them."""
+    return config.calibration.samples + (config.polish.extra_samples if config.polish else 0)
 
 
-def _run_blocks(plan: _Plan, tokens: Tensor | None, untweaked: dict[str, Tensor], writer: CheckpointWriter, progress: Progress) -> _Blocks:
+def split_extra(tokens: Tensor, config: PolishConfig | None) -> tuple[Tensor, Tensor | None]:
+    """The sequences that all look at, and those that the polish alone does."""
+    extra = config.extra_samples if config else 0
+    return (tokens[:-extra], tokens[-extra:]) if extra else (tokens, None)
+
+
+def joined(tokens: Tensor, extra: Tensor | None) -> Tensor:
+    """The sequences that the polish looks at; the last ones, which it holds out, are none that the quantizer saw where there are others."""
+    return tokens if extra is None else torch.cat([tokens, extra])
+
+
+# What happened to each block; the stream behind the last; the float model's own hidden states there, [S, L, H], of the extra sequences too.
+_Blocks = tuple[list[BlockReport], Stream | None, Tensor | None]
+
+
+def _run_blocks(
+    plan: _Plan, tokens: Tensor | None, extra_tokens: Tensor | None, untweaked: dict[str, Tensor], writer: CheckpointWriter, progress: Progress
+) -> _Blocks:
     """Every block quantized, tweaked and written. untweaked: is given the norms from before the tweak, by name."""
     config = plan.config
-    stream = None
+    stream = extra = None
     if tokens is not None:
         size, tweaked = config.calibration.batch_size, config.tweak.batch_size if config.tweak else 0
         with plan.entrance() as calls:
-            hidden = embed_all(calls, tokens, size, also=range(1, max(size, tweaked) + 1))
-        stream = Stream(hidden, calls, size, plan.precision, plan.device)
+            hidden = embed_all(calls, joined(tokens, extra_tokens), size, also=range(1, max(size, tweaked) + 1))
+        stream = Stream(hidden[: len(tokens)], calls, size, plan.precision, plan.device)
+        extra = stream.moved(hidden[len(tokens) :])
+
+    def open_block(index: int) -> nn.Module:
+        nonlocal extra
+        block = plan.open_block(index)
+        if extra is not None and len(extra.hidden):
+            extra = extra.moved(extra.through(block, index))
+        return block
 
     def close_block(index: int, block: nn.Module, before: dict[str, Tensor]) -> None:
         place = f"{plan.path}.{index}."
@@ -287,7 +318,10 @@ def _run_blocks(plan: _Plan, tokens: Tensor | None, untweaked: dict[str, Tensor]
         writer.write(index, {name: tensor if name in fine else _stored(tensor, plan.stored_dtype) for name, tensor in tensors.items()})
         block.to("meta")
 
-    return quantize_blocks(plan.path, plan.blocks, plan.open_block, close_block, stream, config, progress, plan.family)
+    reports, stream, float_stream = quantize_blocks(plan.path, plan.blocks, open_block, close_block, stream, config, progress, plan.family)
+    if float_stream is None or extra is None:
+        return reports, stream, None
+    return reports, stream, joined(float_stream.hidden, extra.hidden)
 
 
 def _quantize_head(plan: _Plan, tokens: Tensor | None, stream: Stream | None, progress: Progress) -> dict[str, Tensor]:
@@ -315,7 +349,7 @@ def _polish(
     plan: _Plan,
     config: PolishConfig,
     tokens: Tensor,
-    float_stream: Stream,
+    float_hidden: Tensor,
     untweaked: dict[str, Tensor],
     writer: CheckpointWriter,
     progress: Progress,
@@ -324,7 +358,7 @@ def _polish(
     model = models.load(writer.partial, dtype=torch.float32, device=plan.device)
     blocks = model.get_submodule(plan.path)
     report, values = polish(
-        model, blocks, tokens, float_stream.hidden, config,
+        model, blocks, tokens, float_hidden, config,
         dtype=plan.precision, seed=plan.config.seed, progress=progress, untweaked=untweaked,
     )  # fmt: skip
     if report.accepted or report.undone:

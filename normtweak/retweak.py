@@ -20,7 +20,7 @@ from .linear import quantizable_linears
 from .loop import BlockReport, tweak_block
 from .memory import PeakMemory, release
 from .models import ModelFolder
-from .pipeline import calibration_text
+from .pipeline import calibration_text, joined, split_extra, wanted_sequences
 from .polish import PolishReport, polish
 from .progress import Progress, Silent
 
@@ -44,13 +44,14 @@ def tweak(
     out: str | os.PathLike[str],
     config: RetweakConfig | None = None,
     tokens: Tensor | None = None,
+    extra_tokens: Tensor | None = None,
     progress: Progress | None = None,
     device: str = "auto",
 ) -> RetweakReport:
     """Tweak and polish the norms of the packed checkpoint `quantized`, of any format that `normtweak.load` reads, into the new folder `out`.
 
-    float_model: what it was quantized from. tokens: ids int64 [samples, length] to calibrate on; None takes what `config.calibration` names.
-    device: where blocks are computed, see `quantize`. Norms that get better are written, in float32; every other tensor and file is copied as it is. Raises ValueError in one line, before any heavy work, where the
+    float_model: what it was quantized from. tokens: ids int64 [samples, length] to calibrate on; None takes what `config.calibration` names. extra_tokens: for the polish alone,
+    see `quantize`. device: where blocks are computed, see `quantize`. Norms that get better are written, in float32; every other tensor and file is copied as it is. Raises ValueError in one line, before any heavy work, where the
     two models don't belong together.
     """
     out, progress = Path(out), progress or Silent()
@@ -62,10 +63,10 @@ def tweak(
         exact = BlockReader(ModelFolder(models.resolve(float_model)), place)
         _check_pair(packed, exact)
         config = config or preset_for(quantized)
-        sequences = config.calibration.samples if tokens is None else len(tokens)
+        sequences = wanted_sequences(config) if tokens is None else len(tokens) + (0 if extra_tokens is None else len(extra_tokens))
         require(config.polish is None or sequences > 1, "tweak", "polish", "given two sequences or more, as one is held out", sequences)
         if tokens is not None:
-            exact.check_tokens("tweak", tokens)
+            exact.check_tokens("tweak", tokens, extra_tokens)
         exact.folder.check_length("tweak", config.calibration.length if tokens is None else tokens.shape[1])
         take_text = calibration_text(exact.folder, config, place) if tokens is None else None
         exact.check_calls()
@@ -73,13 +74,14 @@ def tweak(
         report = RetweakReport(out)
         with CheckpointWriter(out, len(packed.folder.weights.by_file())) as writer:
             if take_text is not None:
-                tokens = take_text(progress).tokens
+                tokens, extra_tokens = split_extra(take_text(progress).tokens, config.polish)
                 release()  # the whole float model, which wrote the text, goes before the blocks come
             assert tokens is not None
-            values, float_hidden = _tweak_blocks(packed, exact, tokens, config, report, progress)
+            everything = joined(tokens, extra_tokens)
+            values, float_hidden = _tweak_blocks(packed, exact, everything, len(tokens), config, report, progress)
             if config.polish:
                 release()
-                values = _polish(packed, exact, values, tokens, float_hidden, config, report, progress)
+                values = _polish(packed, exact, values, everything, float_hidden, config, report, progress)
             report.changed = sorted(values)
             _write(packed.folder, values, writer)
             _write_notes(packed.folder, config, report, writer)
@@ -120,16 +122,16 @@ def _check_pair(packed: PackedReader, exact: BlockReader) -> None:
 
 
 def _tweak_blocks(
-    packed: PackedReader, exact: BlockReader, tokens: Tensor, config: RetweakConfig, report: RetweakReport, progress: Progress
+    packed: PackedReader, exact: BlockReader, tokens: Tensor, tweaked: int, config: RetweakConfig, report: RetweakReport, progress: Progress
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The norms that the tweak changed, by name, and what the float model's last block gives."""
+    """The norms that the tweak changed, by name, and what the float model's last block gives. tweaked: how many sequences the tweak looks at, the first ones."""
     chosen, size, precision = config.tweak, config.calibration.batch_size, compute_dtype(config.compute_dtype, exact.device)
     streams = []
     for reader in (packed, exact):
         with reader.entrance() as calls:
             hidden = embed_all(calls, tokens, size, also=range(1, (chosen.batch_size if chosen else 0) + 1))
         streams.append(Stream(hidden, calls, size, precision, reader.device))
-    stream, float_stream = streams
+    stream, float_stream = streams[0].first(tweaked), streams[1]
     values: dict[str, Tensor] = {}
     with progress.task("tweaking" if chosen else "running the float model", exact.blocks) as advance:
         for index in range(exact.blocks):
@@ -137,7 +139,7 @@ def _tweak_blocks(
             block = exact.open_block(index)
             float_output = float_stream.through(block, index)
             if chosen:
-                target = float_output if chosen.target_stream == "float" else stream.through(block, index)
+                target = float_output[:tweaked] if chosen.target_stream == "float" else stream.through(block, index)
                 block.to("meta")
                 block, place = packed.open_block(index), f"{packed.path}.{index}."
                 start = {p.name: p.start for p in norms.norm_parameters(block, relative=True)}

@@ -3,8 +3,7 @@ import torch
 
 from calibrating import ids, run
 from normtweak import CalibrationConfig, calibration, models
-from normtweak.calibration import attention, first_tokens, generated, quality
-from small_models import make_model
+from normtweak.calibration import first_tokens, generated, quality
 
 
 @pytest.mark.parametrize("source", ["generated", "random"])
@@ -126,46 +125,3 @@ def test_unreadable_text():
 
     rows = torch.arange(24).view(3, 8)
     assert quality.TextReport.of("a file", rows, Decoder()).unreadable == 2
-
-
-WINDOW = {"sliding_window": 3, "query_pre_attn_scalar": 16}
-
-
-@pytest.mark.parametrize(
-    ("model_type", "settings"),
-    [
-        ("llama", {}),
-        ("gemma2", WINDOW),
-        ("qwen3", {}),
-        ("gpt2", {}),
-        ("opt", {}),
-        ("gpt_neox", {}),
-        ("bloom", {}),
-        ("falcon", {"head_dim": None, "num_key_value_heads": None, "num_kv_heads": 2}),
-        ("phi3", {}),
-    ],
-)
-def test_attention_while_text_is_written_is_the_models_own(tmp_path, model_type, settings):
-    model = models.load(make_model(tmp_path / "model", model_type, **settings))
-    tokens = torch.randint(2, 90, (3, 9))
-    with torch.no_grad():
-        expected, before = model(tokens).logits, model.config._attn_implementation
-        with attention.decoding(model):
-            first = model(tokens[:, :5], use_cache=True)
-            steps = [first.logits]
-            for column in tokens[:, 5:].split(1, 1):
-                steps.append(model(column, past_key_values=first.past_key_values, use_cache=True).logits)
-    assert model.config._attn_implementation == before
-    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("heads", [2, 6])
-def test_grouped_attention_is_the_formula(heads):
-    query, key, value = torch.randn(3, heads, 4, 8), torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 5)
-    mask, bias, sinks = torch.randn(3, 1, 4, 9), torch.randn(1, heads, 4, 7), torch.randn(heads)
-    found, _ = attention.grouped_attention(None, query, key, value, mask, scaling=0.3, softcap=2.0, s_aux=sinks, position_bias=bias, dropout=0.0)
-    query, key, value, mask, bias, sinks = (t.double() for t in (query, key, value, mask, bias, sinks))
-    key, value = (t.repeat_interleave(heads // 2, 1) for t in (key, value))
-    scores = torch.exp(2 * torch.tanh(torch.einsum("bhld,bhtd->bhlt", query, key) * 0.3 / 2) + mask[..., :7] + bias)
-    shares = scores / (scores.sum(-1, keepdim=True) + sinks.exp().view(1, -1, 1, 1))
-    torch.testing.assert_close(found.double(), torch.einsum("bhlt,bhte->blhe", shares, value), rtol=1e-5, atol=1e-6)

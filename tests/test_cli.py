@@ -69,6 +69,19 @@ def test_quantize_says_what_it_calibrated_on(small_model, tmp_path):
     assert [written[0][key] == written[1][key] for key in ("ends", "unusable", "sequences")] == [True] * 3
 
 
+def test_extra_samples_are_for_the_polish(small_model, packed, tmp_path):
+    options = ["--samples", 4, "--length", 24, "--extra-samples", 3]
+    for command in (["quantize", small_model, "--method", "rtn"], ["tweak", packed[0], "--float", small_model]):
+        code, stdout, stderr = in_process(*command, "--out", tmp_path / command[0], *options)
+        assert code == 0, stderr
+        assert "polish: KL to float" in stdout
+        code, _, stderr = in_process(*command, "--out", tmp_path / "none", *options, "--no-polish")
+        assert (code, (tmp_path / "none").exists()) == (2, False)
+        assert f"{command[0]}: extra_samples must be left out" in stderr
+    recipe = json.loads((tmp_path / "quantize" / "normtweak.json").read_text())
+    assert (recipe["calibration"]["sequences"], recipe["config"]["polish"]["extra_samples"]) == (7, 3)
+
+
 def test_eval(packed, small_model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)

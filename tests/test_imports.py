@@ -25,14 +25,14 @@ FLOORS = [
     {"models", "text", "tasks"},
     {"quantizers", "calibration", "checkpoint", "formats", "shards"},
     {"folding", "inputs", "rounding"},
-    {"losses", "families", "norms", "activations", "linear"},
+    {"losses", "families", "norms", "activations", "attention", "linear"},
     {"config", "estimates", "terminal"},
     {"progress", "memory", "files", "checks"},
 ]
 SIDEWAYS: set[tuple[str, str]] = set()
 # Heavy or optional packages, and the only files whose business they are.
 OWNERS = {
-    "transformers": {"models", "calibration/attention", "integrations/transformers", "integrations/transformers_serve"},
+    "transformers": {"models", "attention", "integrations/transformers", "integrations/transformers_serve"},
     "accelerate": {"models"},
     "huggingface_hub": {"models"},
     "safetensors": {"checkpoint", "models", "calibration/kept"},

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import normtweak
-from normtweak import QuantizeConfig, models
+from normtweak import QuantizeConfig, models, pipeline
 from normtweak.activations import BlockCalls
-from normtweak.config import PolishConfig
+from normtweak.config import CalibrationConfig, PolishConfig
 from normtweak.norms import norm_parameters
 from normtweak.polish import POLISH_RATES, _Divergence, _Objective, polish
 from normtweak.progress import Silent
@@ -133,6 +133,21 @@ def test_no_gradient_is_computed_where_none_is_wanted():
         torch.testing.assert_close(_Divergence.apply(logits.detach(), logits), torch.tensor(0.0))
 
 
+def test_divergence_and_its_gradient_are_the_formulas():
+    generator = torch.Generator().manual_seed(0)
+    target = 5 * torch.randn(3, 11, 70, generator=generator)
+    # near to it, far from it, and so far that the likeliest token's probability is no float32
+    for distance in (1e-3, 3.0, 300.0):
+        logits = (target + distance * torch.randn(3, 11, 70, generator=generator)).requires_grad_()
+        found = _Divergence.apply(logits, target)
+        exact = logits.detach().double().requires_grad_()
+        p, q = target.double().log_softmax(-1), exact.log_softmax(-1)
+        expected = (p.exp() * (p - q)).sum(-1).mean()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-7)
+        (own,), (other,) = torch.autograd.grad(3 * found, logits), torch.autograd.grad(3 * expected, exact)
+        torch.testing.assert_close(own.double(), other, rtol=1e-5, atol=1e-7)
+
+
 def test_two_runs_with_one_seed_write_the_same_bytes(small_model, tmp_path):
     for name in ("a", "b"):
         run(small_model, tmp_path / name, polish={}, tweak={})
@@ -146,16 +161,66 @@ def test_one_sequence_is_refused_before_any_work(small_model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("key", "value"), [("learning_rate", 0.0), ("iterations", 0), ("batch_size", 0), ("held_out", 0.0), ("min_gain", 1.0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("learning_rate", 0.0), ("iterations", 0), ("batch_size", 0), ("held_out", 0.0), ("min_gain", 1.0), ("extra_samples", -1)]
+)
 def test_settings_are_checked(key, value):
     with pytest.raises(ValueError, match=f"PolishConfig: {key} must be"):
         PolishConfig(**{key: value})
+
+
+def test_extra_sequences_are_for_the_polish_alone(small_model, tmp_path, monkeypatch):
+    tokens = torch.randint(2, 90, (11, 24), generator=torch.Generator().manual_seed(3))
+    own, extra = tokens[:6], tokens[6:]
+    seen = []
+
+    def spy(model, blocks, given, hidden, *args, **kwargs):
+        seen.append((given, hidden))
+        return polish(model, blocks, given, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "polish", spy)
+    config = {"bits": 2, "group_size": 32, "symmetric": False, "compute_dtype": "float32", "calibration": {"batch_size": 4}, "tweak": {}}
+    config = QuantizeConfig.from_dict(config | {"polish": {"min_gain": 0.0}})
+    normtweak.quantize(small_model, out=tmp_path / "extra", config=config, tokens=own, extra_tokens=extra)
+    normtweak.quantize(small_model, out=tmp_path / "own", config=config, tokens=own)
+    (given, hidden), (less, _) = seen
+    assert torch.equal(given, tokens)
+    assert torch.equal(less, own)
+    torch.testing.assert_close(hidden, last_hidden(small_model, tokens)[0], rtol=1e-4, atol=1e-4)
+    with_extra, without = tensors_of(tmp_path / "extra"), tensors_of(tmp_path / "own")
+    assert all(torch.equal(with_extra[name], without[name]) for name in with_extra if "norm" not in name)
+    assert any(not torch.equal(with_extra[name], without[name]) for name in with_extra)
+
+
+def test_extra_sequences_are_of_the_calibrations_own_text(small_model, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(model, blocks, given, *args, **kwargs):
+        seen.append(given)
+        return polish(model, blocks, given, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "polish", spy)
+    run(small_model, tmp_path / "a", polish={"extra_samples": 5})
+    run(small_model, tmp_path / "b", polish={"extra_samples": 0}, calibration=CALIBRATION | {"samples": 13})
+    assert torch.equal(*seen)
+
+
+def test_extra_tokens_are_checked(small_model, tmp_path):
+    tokens = torch.ones(2, 24, dtype=torch.int64)
+    for extra, wanted in ((tokens[:, :8], "of the tokens' length 24, got 8"), (tokens.float(), "int64"), (tokens + 5000, "int64")):
+        with pytest.raises(ValueError, match=f"quantize: extra_tokens must be {wanted}"):
+            normtweak.quantize(small_model, out=tmp_path / "out", tokens=tokens, extra_tokens=extra)
+    assert not (tmp_path / "out").exists()
 
 
 def test_presets():
     assert QuantizeConfig.preset("default").polish == PolishConfig()
     assert QuantizeConfig.preset("default", tweak=None).polish is None
     assert QuantizeConfig.preset("default", polish=None).polish is None
+    coarse = QuantizeConfig.preset("default", bits=2, calibration=CalibrationConfig(samples=10)).polish
+    assert (coarse.learning_rate, coarse.extra_samples) == (1e-2, 20)
+    assert QuantizeConfig.preset("default", bits=2).polish.extra_samples == 128
+    assert QuantizeConfig.preset("default", bits=2, polish={"extra_samples": 0}).polish.extra_samples == 0
     assert QuantizeConfig.preset("paper").polish is None
 
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 import normtweak
-from normtweak import RetweakConfig
+from normtweak import RetweakConfig, retweak
+from normtweak.polish import polish
 from small_models import make_model, make_packed, scattered, tensors_of
 
 TEXT = {"source": "random", "samples": 8, "length": 24, "batch_size": 4}
@@ -118,6 +119,28 @@ def test_an_exact_checkpoint_is_left_alone(small_model, tmp_path):
     assert all(torch.equal(old[name], new[name]) and old[name].dtype == new[name].dtype for name in old)
 
 
+def test_extra_sequences_are_for_the_polish_alone(small_model, tmp_path, monkeypatch):
+    packed = make_packed(small_model, tmp_path / "packed", bits=2, group_size=32, symmetric=False)
+    tokens = torch.randint(2, 90, (11, 24), generator=torch.Generator().manual_seed(3))
+    seen = []
+
+    def spy(model, blocks, given, hidden, *args, **kwargs):
+        seen.append((given, hidden))
+        return polish(model, blocks, given, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(retweak, "polish", spy)
+    for count, extra in ((6, tokens[6:]), (6, None)):
+        report = normtweak.tweak(
+            packed, float_model=small_model, out=tmp_path / f"out{extra is None}", config=settings(), tokens=tokens[:count], extra_tokens=extra
+        )
+        seen.append([block.loss_after for block in report.blocks])
+    (given, hidden), losses, (less, part), losses_without = seen
+    assert torch.equal(given, tokens)
+    assert torch.equal(less, tokens[:6])
+    torch.testing.assert_close(hidden[:6], part)
+    assert losses == losses_without
+
+
 def test_one_block_at_a_time(small_model, tmp_path, monkeypatch):
     from normtweak import blocks
 
@@ -158,7 +181,10 @@ def test_what_does_not_belong_together(small_model, tmp_path):
 
 
 def test_the_recipe_depends_on_the_bits(small_model, tmp_path):
-    from normtweak import retweak
-
-    assert retweak.preset_for(make_packed(small_model, tmp_path / "w2", bits=2)).tweak.learning_rate == 2e-3
-    assert retweak.preset_for(make_packed(small_model, tmp_path / "w4"), seed=3).tweak.learning_rate == 3e-4
+    coarse, fine = make_packed(small_model, tmp_path / "w2", bits=2), make_packed(small_model, tmp_path / "w4")
+    recipe = retweak.preset_for(coarse, calibration={"samples": 10})
+    assert (recipe.tweak.learning_rate, recipe.polish.learning_rate, recipe.polish.extra_samples) == (2e-3, 1e-2, 20)
+    assert retweak.preset_for(coarse, polish={"extra_samples": 3}).polish.extra_samples == 3
+    assert retweak.preset_for(coarse, polish=None).polish is None
+    recipe = retweak.preset_for(fine, seed=3)
+    assert (recipe.tweak.learning_rate, recipe.polish.learning_rate, recipe.polish.extra_samples) == (3e-4, 5e-3, 0)

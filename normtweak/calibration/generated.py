@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention import decoding
 from ..config import CalibrationConfig
 from ..progress import Advance, Progress
 from . import Author, Calibration, first_tokens, kept, leading_bos
-from .attention import decoding
 from .first_tokens import FirstTokens
 from .kept import Draft
 from .quality import TextReport

@@ -76,6 +76,9 @@ def quantize(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Generate anew, and keep nothing in the cache folder.")] = False,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
+    extra_samples: Annotated[
+        int | None, typer.Option(help="Further sequences of the same text for the polish alone.", show_default="0; at 2 bits twice --samples")
+    ] = None,
     form: Annotated[
         str | None, typer.Option("--format", help="gptq, gptq_v2 or compressed-tensors.", show_default="gptq; gptq_v2 with --asymmetric")
     ] = None,
@@ -108,6 +111,10 @@ def quantize(
         schedule["learning_rate"] = None
         if preset == "default" and settings.get("polish", {}) is not None:
             settings["polish"] = {**settings.get("polish", {}), "learning_rate": None}
+    if extra_samples is not None:
+        polished = not (no_tweak or no_polish) and preset == "default"
+        require(polished, "quantize", "extra_samples", "left out where nothing is polished", extra_samples)
+        settings["polish"] = {**(settings.get("polish") or {}), "extra_samples": extra_samples}
     if schedule:
         require(not no_tweak, "quantize", ", ".join(schedule), "left out with --no-tweak", "given")
         settings["tweak"] = {**(settings.get("tweak") or {}), **schedule}

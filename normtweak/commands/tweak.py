@@ -24,15 +24,22 @@ def tweak(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
+    extra_samples: Annotated[
+        int | None, typer.Option(help="Further sequences of the same text for the polish alone.", show_default="0; at 2 bits twice --samples")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same bytes.", show_default="0")] = None,
     device: Device = "auto",
     config: Annotated[Path | None, typer.Option(help="JSON file of RetweakConfig settings; options given here win.", show_default=False)] = None,
 ) -> None:
     """Improve a packed checkpoint by its norms alone; its codes, every other tensor and file, and its format stay as they are."""
     from .. import retweak
+    from ..config import require
 
     settings = read_settings("tweak", config) | ({} if seed is None else {"seed": seed})
     settings |= calibration_settings(settings, {"source": calibration, "samples": samples, "length": length})
+    if extra_samples is not None:
+        require(not no_polish, "tweak", "extra_samples", "left out with --no-polish", extra_samples)
+        settings["polish"] = {**(settings.get("polish") or {}), "extra_samples": extra_samples}
     settings |= ({"polish": None} if no_polish else {}) | ({"tweak": None} if polish_only else {})
     chosen = retweak.preset_for(quantized, **settings)
     report = retweak.tweak(quantized, float_model=float_model, out=out, config=chosen, progress=TerminalProgress(), device=device)

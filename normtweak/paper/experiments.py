@@ -13,8 +13,12 @@ W4: dict[str, Any] = {"bits": 4, "group_size": -1, "symmetric": True}
 W2: dict[str, Any] = {"bits": 2, "group_size": 64, "symmetric": False}
 SCHEMES = {"W4 per-channel": W4, "W2 g64": W2}
 PLAIN, LITERAL, DEFAULT = "no tweak", "+ NT (paper)", "+ NT (default)"
-# Preset and what is changed in it. The literal tweak stands on the same base quantizer as the others: what differs is the tweak alone.
-TWEAKS: dict[str, tuple[str, dict[str, Any]]] = {PLAIN: ("default", {"tweak": None}), LITERAL: ("paper", {}), DEFAULT: ("default", {})}
+# Preset and what is changed in it. The literal tweak stands on the same base quantizer as the others, and all look at the same text: what differs is the tweak alone.
+TWEAKS: dict[str, tuple[str, dict[str, Any]]] = {
+    PLAIN: ("default", {"tweak": None}),
+    LITERAL: ("paper", {}),
+    DEFAULT: ("default", {"polish": {"extra_samples": 0}}),
+}
 ITERATIONS = (1, 2, 4, 8)
 LOSSES = ("mse", "kl", "token_mse", "channel_squared", "channel")
 

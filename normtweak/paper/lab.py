@@ -64,7 +64,7 @@ class Lab:
         self.folder.check_length("paper", evaluation.length)
         self._texts = {name: read_text(name) for name in evaluation.texts}
         self._words = Suite.read(list(evaluation.lambada), [], [], evaluation.limit)
-        self._tasks = Suite.read(list(evaluation.lambada), list(evaluation.choices), [], evaluation.limit)
+        self._choices = Suite.read([], list(evaluation.choices), [], evaluation.limit)
         self._windows = {
             Path(name).name: text_windows(self.folder.tokenizer, text, evaluation.windows, evaluation.length) for name, text in self._texts.items()
         }
@@ -150,11 +150,12 @@ class Lab:
     def _measure(self, model: Any, measures: list[str]) -> dict[str, dict[str, float]]:
         values: dict[str, dict[str, float]] = {}
         tokenizer, settings = self.folder.tokenizer, _Settings(dtype=self._dtype, progress=self._progress)
+        words = _figures(self._words, model, tokenizer, settings) if {"quality", "tasks"} & set(measures) else {}
         if "quality" in measures:
             scores = {name: score(model, tokenizer, windows, **settings).perplexity for name, windows in self._windows.items()}
-            values["quality"] = {f"{name} perplexity": value for name, value in scores.items()} | _figures(self._words, model, tokenizer, settings)
+            values["quality"] = {f"{name} perplexity": value for name, value in scores.items()} | words
         if "tasks" in measures:
-            values["tasks"] = _figures(self._tasks, model, tokenizer, settings)
+            values["tasks"] = words | _figures(self._choices, model, tokenizer, settings)
         if "drift" in measures:
             own = channel_statistics(model, self._drift_windows, self._dtype, self._progress)
             values["drift"] = drift(own, self._float_statistics)
