@@ -74,8 +74,7 @@ def polish(
     Raises ValueError when the loss isn't finite.
     """
     start = {p.name: p.start for p in norms.norm_parameters(model, relative=True)}
-    if next(model.parameters()).device.type == "cpu":
-        use_blockwise(model)
+    use_blockwise(model, next(model.parameters()).device)
     model.requires_grad_(False)
     own = {name: model.get_parameter(name).requires_grad_() for name in start}
     objective = _Objective(model, blocks, tokens, float_hidden, start | (float_values or {}), dtype)
