@@ -288,9 +288,10 @@ class QuantizeConfig:
         one_of("QuantizeConfig", "preset", name, tuple(TWEAK_PRESETS))
         bits, polish = settings.get("bits", cls.bits), settings.get("polish", {})
         if name == "default" and isinstance(polish, dict) and settings.get("tweak", {}) is not None:
-            settings["polish"] = dataclasses.asdict(_default_polish(bits, _samples(settings))) | polish
-            if bits in (4, 5, 8) and settings.get("method", cls.method) == "gptq":
-                # After GPTQ at 4 bits a block's tweak gains 0.3 % of its loss and nothing at the logits: the polish alone (docs/experiments.md).
+            settings["polish"] = _default_polish(bits, settings, polish)
+            same_text = bits == 2 and settings["polish"]["extra_samples"] == 0
+            if settings.get("method", cls.method) == "gptq" and not same_text:
+                # After GPTQ a block's tweak gains nothing that the polish alone doesn't, but at 2 bits where it has no text of its own (docs/experiments.md).
                 settings.setdefault("tweak", None)
         tweak = settings.get("tweak", {})
         if isinstance(tweak, dict):
@@ -367,7 +368,7 @@ class RetweakConfig:
             settings["tweak"] = dataclasses.asdict(_default_tweak(bits)) | tweak
         polish = settings.get("polish", {})
         if isinstance(polish, dict):
-            settings["polish"] = dataclasses.asdict(_default_polish(bits, _samples(settings))) | polish
+            settings["polish"] = _default_polish(bits, settings, polish)
         return from_dict(cls, settings)
 
 
@@ -376,9 +377,14 @@ def _default_tweak(bits: int) -> TweakConfig:
     return TweakConfig(learning_rate=2e-3 if bits == 2 else 3e-4)
 
 
-def _default_polish(bits: int, samples: int) -> PolishConfig:
-    # At 2 bits three times the text wins half as much again, at 3 bits hardly anything (docs/experiments.md).
-    return PolishConfig(learning_rate=1e-2, extra_samples=2 * samples) if bits == 2 else PolishConfig(learning_rate=5e-3)
+def _default_polish(bits: int, settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    own: dict[str, Any] = {"learning_rate": 1e-2 if bits == 2 else 5e-3}
+    if bits == 3:
+        own |= {"batch_size": 1}
+    elif bits == 2 and given.get("extra_samples") != 0:
+        # Five times the text wins twice as much, at 3 bits hardly more (docs/experiments.md); a twentieth of so much is enough to judge by.
+        own |= {"batch_size": 1, "held_out": 0.05, "extra_samples": 4 * _samples(settings)}
+    return dataclasses.asdict(PolishConfig()) | own | given
 
 
 def _samples(settings: dict[str, Any]) -> int:

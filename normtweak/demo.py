@@ -73,7 +73,7 @@ def _run(folder: models.ModelFolder, samples: int, length: int, root: Path, prog
     peak, first = 0, True
     for scheme, settings in SCHEMES.items():
         for tweaked in (False, True):
-            recipe = {} if tweaked else {"tweak": None}
+            recipe: dict[str, Any] = {"polish": {"extra_samples": 0}} if tweaked else {"tweak": None}
             config = QuantizeConfig.preset("default", **settings, **recipe, calibration={"samples": samples, "length": length})
             name = " + ".join([f"{scheme}, GPTQ", *(["tweak"] if config.tweak else []), *(["polish"] if config.polish else [])])
             yield f"\n{name}"

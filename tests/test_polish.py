@@ -228,9 +228,9 @@ def test_presets():
     assert QuantizeConfig.preset("default", tweak=None).polish is None
     assert QuantizeConfig.preset("default", polish=None).polish is None
     coarse = QuantizeConfig.preset("default", bits=2, calibration=CalibrationConfig(samples=10)).polish
-    assert (coarse.learning_rate, coarse.extra_samples) == (1e-2, 20)
-    assert QuantizeConfig.preset("default", bits=2).polish.extra_samples == 128
-    assert QuantizeConfig.preset("default", bits=2, polish={"extra_samples": 0}).polish.extra_samples == 0
+    assert (coarse.learning_rate, coarse.extra_samples) == (1e-2, 40)
+    assert QuantizeConfig.preset("default", bits=2).polish.extra_samples == 256
+    assert QuantizeConfig.preset("default", bits=2, polish={"extra_samples": 0}).polish == PolishConfig(learning_rate=1e-2)
     assert QuantizeConfig.preset("paper").polish is None
 
 

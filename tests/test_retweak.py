@@ -183,7 +183,7 @@ def test_what_does_not_belong_together(small_model, tmp_path):
 def test_the_recipe_depends_on_the_bits(small_model, tmp_path):
     coarse, fine = make_packed(small_model, tmp_path / "w2", bits=2), make_packed(small_model, tmp_path / "w4")
     recipe = retweak.preset_for(coarse, calibration={"samples": 10})
-    assert (recipe.tweak.learning_rate, recipe.polish.learning_rate, recipe.polish.extra_samples) == (2e-3, 1e-2, 20)
+    assert (recipe.tweak.learning_rate, recipe.polish.learning_rate, recipe.polish.extra_samples) == (2e-3, 1e-2, 40)
     assert retweak.preset_for(coarse, polish={"extra_samples": 3}).polish.extra_samples == 3
     assert retweak.preset_for(coarse, polish=None).polish is None
     recipe = retweak.preset_for(fine, seed=3)

@@ -77,7 +77,7 @@ def quantize(
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
     extra_samples: Annotated[
-        int | None, typer.Option(help="Further sequences of the same text for the polish alone.", show_default="0; at 2 bits twice --samples")
+        int | None, typer.Option(help="Further sequences of the same text for the polish alone.", show_default="0; at 2 bits four times --samples")
     ] = None,
     form: Annotated[
         str | None, typer.Option("--format", help="gptq, gptq_v2 or compressed-tensors.", show_default="gptq; gptq_v2 with --asymmetric")
