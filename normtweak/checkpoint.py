@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import check_out_folder, require
+from .config import require
 from .files import beside, sync
 
 logger = logging.getLogger(__name__)
@@ -147,6 +147,16 @@ def other_files(folder: Path) -> list[Path]:
     return [p for p in paths if p.suffix not in _WEIGHTS and not p.name.endswith(".index.json") and not p.parts[0].startswith(".")]
 
 
+def check_out_folder(out: Path) -> None:
+    """Raise ValueError unless `out` is free: missing, or an empty folder, under a parent that exists."""
+    free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    require(free, "checkpoint", "out", "a new or empty folder", f"{out}, which holds something")
+    out = out.resolve()
+    require(out.parent.is_dir(), "checkpoint", "out", "in a folder that exists", out)
+    # the finished folder is renamed to its place, which no mount point can be
+    require(not os.path.ismount(out), "checkpoint", "out", "a folder inside a mounted one", f"{out}, which is a mount point")
+
+
 def check_disk(where: str, out: Path, size: int) -> None:
     """Raise ValueError when a folder of `size` bytes won't fit on its disk."""
     needed, free = size + 64 * 2**20, shutil.disk_usage(out.absolute().parent).free
@@ -173,7 +183,7 @@ class CheckpointWriter:
             self.partial.mkdir(exist_ok=True)
             self._lock = os.open(self.partial, os.O_RDONLY)
         except OSError as error:
-            raise ValueError(f"quantize: out must be in a folder that can be written, got {self.out} ({error.strerror})") from error
+            raise ValueError(f"checkpoint: out must be in a folder that can be written, got {self.out} ({error.strerror})") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # a run that ended between the two lines above took the folder that is locked here away with it
@@ -181,7 +191,7 @@ class CheckpointWriter:
                 raise BlockingIOError
         except BlockingIOError:
             os.close(self._lock)
-            raise ValueError(f"quantize: out must be a folder that no other run is writing, got {self.out}") from None
+            raise ValueError(f"checkpoint: out must be a folder that no other run is writing, got {self.out}") from None
         leftovers = list(self.partial.iterdir())
         if leftovers:
             logger.warning("removing %d files that an interrupted run left in %s", len(leftovers), self.partial)

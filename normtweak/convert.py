@@ -9,8 +9,7 @@ from pathlib import Path
 
 from . import card, formats, models
 from .blocks import PackedReader
-from .checkpoint import QUANTIZE_CONFIG, CheckpointWriter, check_disk, other_files
-from .config import check_out_folder
+from .checkpoint import QUANTIZE_CONFIG, CheckpointWriter, check_disk, check_out_folder, other_files
 from .linear import quantizable_linears
 from .models import ModelFolder
 from .progress import Progress, Silent

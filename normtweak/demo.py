@@ -14,7 +14,8 @@ from rich.table import Table
 from . import models
 from .activations import compute_dtype
 from .calibration import generated
-from .config import CalibrationConfig, QuantizeConfig, check_out_folder
+from .checkpoint import check_out_folder
+from .config import CalibrationConfig, QuantizeConfig
 from .evaluate import PYTHON_DOCS, read_text, score, text_windows
 from .pipeline import quantize
 from .progress import Progress

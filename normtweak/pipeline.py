@@ -8,7 +8,6 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -18,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import calibration, card, families, formats, models, norms, quantizers
+from . import card, families, formats, models, norms, quantizers
 from .activations import Stream, compute_dtype, device_of, embed_all
 from .blocks import BlockReader
-from .calibration import Author, Calibration
 from .calibration.quality import TextReport
-from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter, check_disk
-from .config import PolishConfig, QuantizeConfig, RetweakConfig, check_out_folder, require, stored_bits
+from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter, check_disk, check_out_folder
+from .config import PolishConfig, QuantizeConfig, require, stored_bits
 from .linear import PackedLinear, quantizable_linears
 from .loop import BlockReport, quantize_blocks
 from .memory import PeakMemory, release
 from .models import ModelFolder
 from .polish import PolishReport, polish
 from .progress import Progress, Silent
+from .sequences import calibration_text, joined, split_extra, wanted_sequences
 
 logger = logging.getLogger(__name__)
 
@@ -245,45 +244,6 @@ def _check_patterns(config: QuantizeConfig, names: list[str]) -> None:
 def _stored_dtype(folder: ModelFolder) -> torch.dtype:
     # float32 checkpoints hold their embeddings in float16 afterwards: what isn't packed should not outweigh what is
     return folder.config.dtype if folder.config.dtype in (torch.float16, torch.bfloat16) else torch.float16
-
-
-def calibration_text(folder: ModelFolder, config: QuantizeConfig | RetweakConfig, device: torch.device) -> Callable[[Progress], Calibration]:
-    """What gives the text that `config` names for a model, the polish's extra sequences behind the others, when called; on `device` where the model writes it.
-
-    Raises ValueError for whatever is wrong with its source.
-    """
-    dtype = compute_dtype(config.compute_dtype, device)
-    author = Author(
-        folder.tokenizer,
-        folder.text_config.vocab_size,
-        folder.config.model_type,
-        load=lambda: models.load(folder.path, dtype=dtype, device=device),
-        identity=lambda: f"{folder.digest()} {dtype} {device.type}",
-    )
-    return calibration.prepare(replace(config.calibration, samples=wanted_sequences(config)), author, config.seed)
-
-
-def wanted_sequences(config: QuantizeConfig | RetweakConfig, tokens: Tensor | None = None, extra: Tensor | None = None) -> int:
-    """How many the calibration text has, the polish's extra ones among them; a user's own tokens count in its stead."""
-    if tokens is not None:
-        return len(tokens) + (0 if extra is None else len(extra))
-    return config.calibration.samples + extra_samples(config.polish)
-
-
-def extra_samples(polish: PolishConfig | None) -> int:
-    """How many of them are for the polish alone."""
-    return polish.extra_samples if polish else 0
-
-
-def split_extra(tokens: Tensor, config: PolishConfig | None) -> tuple[Tensor, Tensor | None]:
-    """The sequences that all look at, and those that the polish alone does."""
-    extra = extra_samples(config)
-    return (tokens[:-extra], tokens[-extra:]) if extra else (tokens, None)
-
-
-def joined(tokens: Tensor, extra: Tensor | None) -> Tensor:
-    """The sequences that the polish looks at; the last ones, which it holds out, are none that the quantizer saw where there are others."""
-    return tokens if extra is None else torch.cat([tokens, extra])
 
 
 # What happened to each block; the stream behind the last; the float model's own hidden states there, [S, L, H], of the extra sequences too.

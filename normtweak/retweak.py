@@ -14,15 +14,15 @@ from torch import Tensor
 from . import card, formats, models, norms
 from .activations import Stream, compute_dtype, device_of, embed_all
 from .blocks import BlockReader, PackedReader
-from .checkpoint import RECIPE, CheckpointWriter, check_disk, other_files
-from .config import RetweakConfig, check_out_folder, require
+from .checkpoint import RECIPE, CheckpointWriter, check_disk, check_out_folder, other_files
+from .config import RetweakConfig, require
 from .linear import quantizable_linears
 from .loop import BlockReport, tweak_block
 from .memory import PeakMemory, release
 from .models import ModelFolder
-from .pipeline import calibration_text, joined, split_extra, wanted_sequences
 from .polish import PolishReport, polish
 from .progress import Progress, Silent
+from .sequences import calibration_text, joined, split_extra, wanted_sequences
 
 
 @dataclass

@@ -24,8 +24,9 @@ from ..checkpoint import write_json
 from ..config import QuantizeConfig, require
 from ..evaluate import Suite, read_text, score, text_windows
 from ..models import ModelFolder
-from ..pipeline import calibration_text, quantize
+from ..pipeline import quantize
 from ..progress import Progress
+from ..sequences import calibration_text
 from .drift import channel_statistics, drift
 
 logger = logging.getLogger(__name__)
