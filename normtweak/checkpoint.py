@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .config import require
 from .files import beside, sync
+from .linear import PackedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -111,17 +112,22 @@ class WeightFiles:
         return next((candidate for candidate in candidates if candidate in self._where), None)
 
     def fill(self, module: nn.Module, prefix: str = "", *, skip: tuple[str, ...] = ()) -> None:
-        """Give the parameters and stored buffers of `module` that are still on the meta device their values.
+        """Give the parameters of `module` that are still on the meta device, and the buffers that the checkpoint has, their values.
 
-        prefix: the module's path in the model. skip: parameters, or modules (with a dot at the end), that are left alone.
+        prefix: the module's path in the model. skip: parameters, or modules (with a dot at the end), that are left alone; packed linears are.
         Raises ValueError for a parameter that the checkpoint lacks or holds in another shape.
         """
         values: dict[str, Tensor] = {}
+        packed = tuple(f"{prefix}{path}." for path, inner in module.named_modules() if isinstance(inner, PackedLinear))
+        # made with the module, so never on the meta device: a router's correction, say, which is 0 before training
+        buffers = {name for name, _ in module.named_buffers()}
         for name, tensor in module.state_dict().items():
             full = prefix + name
-            if not tensor.is_meta or full.startswith(skip):
+            if full.startswith(skip) or full.startswith(packed) or not (tensor.is_meta or name in buffers):
                 continue
             stored = self.find(full)
+            if stored is None and name in buffers and not tensor.is_meta:
+                continue
             require(stored is not None, "checkpoint", str(self.folder), f"a checkpoint with the parameter {full}", "none of that name")
             assert stored is not None
             require(self.shape(stored) == tuple(tensor.shape), "checkpoint", stored, f"of shape {tuple(tensor.shape)}", self.shape(stored))

@@ -328,10 +328,20 @@ def load(
         from transformers import GenerationConfig
 
         loaded.generation_config = GenerationConfig.from_pretrained(folder.path)
-    # parameters alone: a rotary table in 16 bits would be another model at long contexts
-    for parameter in loaded.parameters():
-        parameter.data = parameter.data.to(dtype)
+    _cast(loaded, dtype)
     return loaded.to(device).eval()
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Parameters, and of the buffers those that checkpoints hold: a rotary table in 16 bits would be another model at long contexts, and so would what the class keeps in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    packed = {id(buffer) for module in model.modules() if isinstance(module, PackedLinear) for buffer in module.buffers()}
+    stored = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in stored and buffer.is_floating_point() and id(buffer) not in packed:
+            exact = any(part in name for part in model._keep_in_fp32_modules_strict)
+            buffer.data = buffer.data.to(torch.float32 if exact else dtype)
 
 
 def load_tokenizer(model: str | os.PathLike[str]) -> Any:

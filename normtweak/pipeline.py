@@ -188,7 +188,7 @@ class _Plan(BlockReader):
         )
         for name, tensor in self.model.state_dict().items():
             stored = self.folder.weights.find(name)
-            if tensor.is_meta and stored is not None:
+            if stored is not None:
                 shape = self.folder.weights.shape(stored)
                 require(shape == tuple(tensor.shape), "checkpoint", stored, f"of shape {tuple(tensor.shape)}", shape)
 
@@ -282,7 +282,9 @@ def _run_blocks(
             if name.rpartition(".")[0] not in packed:
                 tensors[plan.written_name(place + name)] = tensor
         # Steps of the tweak are finer than 16 bits: a gain near 1 moves by 2e-3, bfloat16's neighbours of 1 are 4e-3 and 8e-3 away.
-        fine = {plan.written_name(place + p.name) for p in norms.norm_parameters(block, relative=True)} if config.changes_norms else set()
+        fine = {place + p.name for p in norms.norm_parameters(block, relative=True)} if config.changes_norms else set()
+        # A router's correction decides between experts by differences of a thousandth.
+        fine = {plan.written_name(name) for name in fine | {place + name for name, _ in block.named_buffers()}}
         writer.write(index, {name: tensor if name in fine else _stored(tensor, plan.stored_dtype) for name, tensor in tensors.items()})
         block.to("meta")
 
