@@ -146,7 +146,7 @@ def read_settings(where: str, path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        settings = json.loads(path.read_text(encoding="utf8"))
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{where}: config must be a JSON file, got {path} ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
