@@ -48,5 +48,5 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        errors.print(f"normtweak: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.out(f"normtweak: {error}", style="red")
         sys.exit(2)

@@ -61,11 +61,14 @@ def describe(model: str | os.PathLike[str]) -> list[Section]:
         rows.append(("activations", stored_activations(settings)))
         sections.append(Section("quantization", rows))
     recipe = models.recipe(folder.path)
-    if recipe is not None:
+    if recipe is not None and "config" in recipe:  # else the codes are somebody else's
         rows = [("of", recipe["model"])]
         rows += [(key, str(value)) for key, value in recipe["config"].items()]
         rows += [("packages", ", ".join(f"{name} {number}" for name, number in recipe["packages"].items()))]
         sections.append(Section("recipe", rows))
+    if recipe is not None and "retweak" in recipe:
+        rows = [(key, str(value)) for key, value in recipe["retweak"]["config"].items()]
+        sections.append(Section("norms tweaked afterwards", rows))
     sections.append(Section("kernels here", _kernels()))
     return sections
 

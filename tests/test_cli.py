@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from normtweak import cli, terminal
-from small_models import make_model
+from small_models import make_model, make_packed
 
 SMALL = ["--calibration", "random", "--samples", "4", "--length", "24"]
 
@@ -155,6 +155,37 @@ def test_inspect(packed, small_model):
     for word in ("llama", "gptq", "recipe", "input_layernorm (LlamaRMSNorm)", "dequant_gemm on cpu"):
         assert word in stdout
     assert in_process("inspect", small_model)[0] == 0
+
+
+def test_what_is_written_is_written_as_it_is(small_model, tmp_path, monkeypatch):
+    """Not folded at the terminal's width, no :emoji: and no [markup] in texts, names and patterns."""
+    prompt = "a :smile:\t[b]c[/d]" + "x" * 40
+    monkeypatch.setattr(terminal.console, "width", 60)
+    code, stdout, stderr = in_process("generate", small_model, "--prompt", prompt, "--max-new-tokens", 60)
+    assert code == 0, stderr
+    assert stdout.startswith(prompt)
+    assert stdout.count("\n") == stdout.rstrip("\n").count("\n") + 1
+    (tmp_path / "a[").mkdir()
+    text = tmp_path / "a[" / "b].txt"
+    text.write_text("The quick brown fox. " * 9)
+    code, stdout, stderr = in_process("eval", small_model, "--text", text, "--windows", 2, "--length", 16)
+    assert code == 0, stderr
+    assert "a[/b].txt" in stdout
+    packed = make_packed(small_model, tmp_path / "out", skip=["[a-j]_proj"])
+    assert "['[a-j]_proj']" in in_process("inspect", packed)[1]
+
+
+def test_inspect_of_norms_tweaked_afterwards(small_model, packed, tmp_path):
+    theirs = tmp_path / "theirs"
+    shutil.copytree(packed[0], theirs)
+    (theirs / "normtweak.json").unlink()
+    for source, out in ((theirs, tmp_path / "a"), (packed[0], tmp_path / "b")):
+        code, _, stderr = in_process("tweak", source, "--float", small_model, "--out", out, "--polish-only", *SMALL)
+        assert code == 0, stderr
+        code, stdout, stderr = in_process("inspect", out)
+        assert code == 0, stderr
+        assert "norms tweaked afterwards" in stdout
+        assert ("recipe" in stdout) == (out.name == "b")
 
 
 def test_help_is_good_reading():

@@ -124,13 +124,12 @@ def quantize(
         settings["polish"] = None
     report = pipeline.quantize(model, out=out, config=QuantizeConfig.preset(preset, **settings), progress=TerminalProgress(), device=device)
     if report.calibration:
-        console.print(str(report.calibration), markup=False, highlight=False)
+        console.out(str(report.calibration))
     if report.polish:
-        console.print(f"polish: {report.polish}", highlight=False)
-    console.print(
+        console.out(f"polish: {report.polish}")
+    console.out(
         f"{report.out}: {report.packed_size / 1e6:.1f} MB (16-bit: {report.float_size / 1e6:.1f} MB), "
         f"{sum(report.seconds.values()):.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB above the start",
-        highlight=False,
     )
 
 

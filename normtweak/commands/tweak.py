@@ -44,8 +44,7 @@ def tweak(
     chosen = retweak.preset_for(quantized, **settings)
     report = retweak.tweak(quantized, float_model=float_model, out=out, config=chosen, progress=TerminalProgress(), device=device)
     if report.polish:
-        console.print(f"polish: {report.polish}", highlight=False)
-    console.print(
+        console.out(f"polish: {report.polish}")
+    console.out(
         f"{report.out}: {len(report.changed)} norm tensors changed, {report.seconds:.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB above the start",
-        highlight=False,
     )
