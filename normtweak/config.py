@@ -266,7 +266,7 @@ class QuantizeConfig:
         )
         require(0 <= self.correction <= 1, where, "correction", "0 to 1", self.correction)
         one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
-        require(self.seed >= 0, where, "seed", "0 or more", self.seed)
+        require(0 <= self.seed < 2**32, where, "seed", f"0 to {2**32 - 1}", self.seed)
 
     @classmethod
     def preset(cls, name: str = "default", **settings: Any) -> QuantizeConfig:
@@ -347,7 +347,7 @@ class RetweakConfig:
         where = "RetweakConfig"
         require(self.tweak is not None or self.polish is not None, where, "tweak, polish", "given, one of them at least", "neither")
         one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
-        require(self.seed >= 0, where, "seed", "0 or more", self.seed)
+        require(0 <= self.seed < 2**32, where, "seed", f"0 to {2**32 - 1}", self.seed)
 
     @classmethod
     def preset(cls, bits: int, /, **settings: Any) -> RetweakConfig:
