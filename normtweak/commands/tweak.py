@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..terminal import Device, TerminalProgress, console
-from .quantize import calibration_settings, read_settings
+from .quantize import calibration_settings, read_settings, table
 
 
 def tweak(
@@ -39,7 +39,7 @@ def tweak(
     settings |= calibration_settings(settings, {"source": calibration, "samples": samples, "length": length})
     if extra_samples is not None:
         require(not no_polish, "tweak", "extra_samples", "left out with --no-polish", extra_samples)
-        settings["polish"] = {**(settings.get("polish") or {}), "extra_samples": extra_samples}
+        settings["polish"] = {**table(settings, "polish"), "extra_samples": extra_samples}
     settings |= ({"polish": None} if no_polish else {}) | ({"tweak": None} if polish_only else {})
     chosen = retweak.preset_for(quantized, **settings)
     report = retweak.tweak(quantized, float_model=float_model, out=out, config=chosen, progress=TerminalProgress(), device=device)
