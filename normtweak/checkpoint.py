@@ -260,8 +260,9 @@ class CheckpointWriter:
 
 
 def check_parent(file: Path) -> None:
-    """Raise ValueError unless the folder that a file goes to exists."""
+    """Raise ValueError unless a file can go to its place: in a folder that exists, and where no folder is."""
     require(file.absolute().parent.is_dir(), "checkpoint", str(file), "in a folder that exists", "none")
+    require(not file.is_dir(), "checkpoint", str(file), "a file", "a folder")
 
 
 def write_text(file: Path, text: str) -> None:

@@ -19,6 +19,11 @@ def one_of(where: str, argument: str, value: object, choices: tuple[object, ...]
     require(value in choices, where, argument, "one of " + ", ".join(map(str, choices)), value)
 
 
+def check_ids(where: str, largest: int, vocabulary: int) -> None:
+    """Raise the house's ValueError for a tokenizer with ids that the model has no embedding for: another model's, say."""
+    require(largest < vocabulary, where, "the tokenizer", f"the model's own, with ids below {vocabulary}", f"id {largest}")
+
+
 def check_pattern(where: str, argument: str, pattern: str) -> None:
     """Raise the house's ValueError for a pattern that is no regular expression, or an empty one, which is found everywhere."""
     require(bool(pattern), where, argument, "a regular expression", "an empty one")

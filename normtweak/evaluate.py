@@ -14,6 +14,7 @@ from torch.nn import functional
 from .activations import computing
 from .calibration import leading_bos
 from .calibration.text import read_utf8
+from .checks import check_ids
 from .config import require
 from .estimates import Difference, Estimate, Metric, exponential_mean, mean, paired_difference
 from .progress import Progress, Silent
@@ -76,8 +77,9 @@ def score(
 ) -> Score:
     """Score a causal model on windows [count, length], and beside a float model when `against` is given.
 
-    Each window is given on its own, behind the tokenizer's BOS where the tokenizer puts one. dtype: of matrix products.
+    Each window is given on its own, behind the tokenizer's BOS where the tokenizer puts one. dtype: of matrix products. Raises ValueError for ids that the model doesn't have.
     """
+    check_ids("eval", int(windows.max()), model.config.get_text_config().vocab_size)
     bos = leading_bos(tokenizer)
     device = model.device
     nll, other_nll, divergence, agreed = (torch.zeros(len(windows), dtype=torch.float64) for _ in range(4))

@@ -25,6 +25,7 @@ from normtweak_kernels.dequant_gemm import ACTIVATIONS
 
 from . import families, formats
 from .checkpoint import QUANTIZE_CONFIG, RECIPE, WeightFiles, stored_activations
+from .checks import one_of
 from .config import require
 from .files import cache_folder
 from .linear import PackedLinear, is_conv1d, present_linears, quantizable_linears, replace
@@ -218,10 +219,11 @@ class ModelFolder:
         own, theirs = self.text_config.vocab_size, other.text_config.vocab_size
         require(own == theirs, where, "against", f"a model with the same vocabulary of {own}", f"one of {theirs}")
 
-    def check_length(self, where: str, length: int) -> None:
-        """Raise ValueError when sequences are longer than the model has positions."""
+    def check_length(self, where: str, length: int, *, bos: bool = False) -> None:
+        """Raise ValueError when sequences are longer than the model has positions. bos: whether a BOS is put before each."""
         limit = getattr(self.text_config, "max_position_embeddings", None)
-        require(limit is None or length <= limit, where, "length", f"at most the model's {limit} positions", length)
+        wanted = f"at most the model's {limit} positions{' less one for the BOS in front' if bos else ''}"
+        require(limit is None or length + bos <= limit, where, "length", wanted, length)
 
     def missing(self, skeleton: Any) -> list[str]:
         """Parameters of a skeleton that the weights lack."""
@@ -290,7 +292,7 @@ def load(
 ) -> Any:
     """Load MODEL (see `resolve`): a packed checkpoint as a transformers model with `PackedLinear` modules, a float one as it is.
 
-    dtype: of activations and of what isn't packed; "auto" is float32 on a CPU and the checkpoint's own elsewhere. Packed weights are never dequantized
+    dtype: of activations and of what isn't packed, also by name; "auto" is float32 on a CPU and the checkpoint's own elsewhere. Packed weights are never dequantized
     as a whole. activations: how they enter the packed linears' products, see `normtweak_kernels.dequant_gemm`: "auto" as exactly as dtype holds
     them, "int16", "int8" and "int8_token" faster and rounded; None as the checkpoint says, which is "auto" unless it was made for another (SmoothQuant). Raises ValueError for a folder that isn't whole or is quantized in a way that isn't read here.
     """
@@ -299,6 +301,9 @@ def load(
         activations = stored_activations(folder.quantization)
     require(activations in ACTIVATIONS, "load", "activations", f"one of {', '.join(ACTIVATIONS)}", activations)
     require(activations == "auto" or folder.quantization is not None, "load", "activations", "auto for a float model", activations)
+    if isinstance(dtype, str) and dtype != "auto":
+        one_of("load", "dtype", dtype, ("auto", "float32", "float16", "bfloat16"))
+        dtype = getattr(torch, dtype)
     if dtype == "auto":
         dtype = torch.float32 if torch.device(device).type == "cpu" else (folder.config.dtype or torch.float16)
     loaded = folder.skeleton()

@@ -14,6 +14,7 @@ from torch import Tensor
 from .activations import computing
 from .calibration import leading_bos
 from .calibration.text import json_lines
+from .checks import check_ids
 from .config import require
 from .estimates import Metric
 from .progress import Progress, Silent
@@ -131,6 +132,7 @@ def log_likelihoods(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     encoded = [_encode(tokenizer, bos, limit, *pair) for pair in pairs]
     likelihoods, greedy = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.bool)
+    check_ids("eval", max(max(ids) for ids, _ in encoded), model.config.get_text_config().vocab_size)
     batches = list(_batches([len(ids) for ids, _ in encoded], LOGITS // model.config.get_text_config().vocab_size))
     with (progress or Silent()).task("evaluating", len(batches)) as advance:
         for batch in batches:

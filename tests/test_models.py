@@ -75,6 +75,12 @@ def test_rotary_tables_stay_float32(small_model):
     assert torch.equal(exact.model.rotary_emb.inv_freq, rounded.model.rotary_emb.inv_freq)
 
 
+def test_a_dtype_by_name(small_model):
+    assert models.load(small_model, dtype="bfloat16").model.embed_tokens.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="load: dtype must be one of auto, float32, float16, bfloat16, got int8"):
+        models.load(small_model, dtype="int8")
+
+
 def test_a_float_model_with_a_missing_weight(small_model, tmp_path):
     from safetensors.torch import load_file, save_file
 
