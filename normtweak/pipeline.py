@@ -111,7 +111,9 @@ def quantize(
             if config.polish and tokens is not None and float_hidden is not None:
                 release()
                 with stages("polish"):
-                    report.polish = _polish(plan, config.polish, joined(tokens, extra_tokens), float_hidden, untweaked, writer, progress)
+                    polished = _polish(plan, config.polish, joined(tokens, extra_tokens), float_hidden, untweaked, writer, progress)
+                    # where no block kept its tweak there was none to undo
+                    report.polish = replace(polished, undone=polished.undone and any(block.rate for block in report.blocks))
             report.float_size = plan.float_size
             recipe = _recipe(model, config, tokens, report) | {"sizes": {"packed": writer.size, "float": plan.float_size}}
             writer.write_json(RECIPE, recipe)
