@@ -87,28 +87,41 @@ def _made(recipe: Mapping[str, Any]) -> list[str]:
         return []
     lines = ["", "## How it was made", ""]
     if config := recipe.get("config"):
-        lines += [f"- codes: {config['method'].upper()}" + _calibrated(config)]
-        lines += _norms(config)
+        looked = config["method"] != "rtn"
+        lines += [
+            f"- codes: {config['method'].upper()}" + (_calibrated(recipe) if looked else ""),
+            *_norms(recipe, "" if looked else _calibrated(recipe)),
+        ]
     if again := recipe.get("retweak"):
-        lines += ["- norms alone tweaked afterwards (`normtweak tweak`)" + _calibrated(again["config"]), *_norms(again["config"])]
+        lines += ["- norms alone tweaked afterwards (`normtweak tweak`)" + _calibrated(again), *_norms(again)]
     sizes = recipe.get("sizes")
     lines += [f"- weights: {sizes['packed'] / 1e6:.1f} MB, {sizes['float'] / 1e6:.1f} MB in 16 bits"] if sizes else []
     packages = recipe.get("packages") or {}
     return [*lines, "- packages: " + ", ".join(f"{name} {number}" for name, number in packages.items())] if packages else lines
 
 
-def _calibrated(config: Mapping[str, Any]) -> str:
+def _calibrated(run: Mapping[str, Any]) -> str:
+    """On what text. run: a recipe, or its part of a later tweak."""
+    config = run["config"]
     text = config["calibration"]
+    if run.get("calibration") is None and (given := run.get("calibration_tokens")):
+        return f", from {given} given tokens, seed {config['seed']}"
     source = text["source"] if text["source"] in ("generated", "random") else "given"
     return f", from {text['samples']} x {text['length']} tokens of {source} text, seed {config['seed']}"
 
 
-def _norms(config: Mapping[str, Any]) -> list[str]:
+def _norms(run: Mapping[str, Any], calibrated: str = "") -> list[str]:
+    """What became of the norms. run: as in `_calibrated`."""
     lines = []
+    config, polish, blocks = run["config"], run.get("polish") or {}, run.get("blocks") or []
     if tweak := config.get("tweak"):
-        lines.append(f"- norm tweaking (arXiv 2309.02784) block by block: loss {tweak['loss']}, learning rate {tweak['learning_rate'] or 'searched'}")
+        kept = sum(bool(block["rate"]) for block in blocks)
+        fate = "undone, as the polish found" if polish.get("undone") else f"kept in {kept} of {len(blocks)} blocks"
+        rate = tweak["learning_rate"] or "searched"
+        lines.append(f"- norm tweaking (arXiv 2309.02784) block by block: loss {tweak['loss']}, learning rate {rate}{calibrated}; {fate}")
     if config.get("polish"):
-        lines.append("- all norms polished together against the float model's next-token distribution")
+        kept = "" if polish.get("accepted") else "; not kept"
+        lines.append(f"- all norms polished together against the float model's next-token distribution{calibrated}{kept}")
     return lines
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import card, formats, models, norms
 from .activations import Stream, compute_dtype, device_of, embed_all
 from .blocks import BlockReader, PackedReader
+from .calibration.quality import TextReport
 from .checkpoint import RECIPE, CheckpointWriter, check_disk, check_out_folder, other_files
 from .config import RetweakConfig, require
 from .linear import quantizable_linears
@@ -27,7 +28,8 @@ from .sequences import calibration_text, joined, split_extra, wanted_sequences
 
 @dataclass
 class RetweakReport:
-    """What a run did. changed: names of the tensors that differ from the old checkpoint's. peak_memory: bytes above what the process held at the start."""
+    """What a run did. changed: names of the tensors that differ from the old checkpoint's. peak_memory: bytes above what the process held at the start. calibration: of the text it
+    chose itself."""
 
     out: Path
     blocks: list[BlockReport] = field(default_factory=list)
@@ -35,6 +37,7 @@ class RetweakReport:
     changed: list[str] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory: int = 0
+    calibration: TextReport | None = None
 
 
 def tweak(
@@ -74,7 +77,8 @@ def tweak(
         report = RetweakReport(out)
         with CheckpointWriter(out, len(packed.folder.weights.by_file())) as writer:
             if take_text is not None:
-                tokens, extra_tokens = split_extra(take_text(progress).tokens, config.polish)
+                text = take_text(progress)
+                (tokens, extra_tokens), report.calibration = split_extra(text.tokens, config.polish), text.report
                 release()  # the whole float model, which wrote the text, goes before the blocks come
             assert tokens is not None
             everything = joined(tokens, extra_tokens)
@@ -84,7 +88,7 @@ def tweak(
                 values = _polish(packed, exact, values, everything, float_hidden, config, report, progress)
             report.changed = sorted(values)
             _write(packed.folder, values, writer)
-            _write_notes(packed.folder, config, report, writer)
+            _write_notes(packed.folder, config, tokens, report, writer)
             writer.finish()
     report.seconds, report.peak_memory = time.perf_counter() - began, memory.peak
     return report
@@ -180,11 +184,13 @@ def _write(folder: ModelFolder, values: dict[str, Tensor], writer: CheckpointWri
         writer.write(number, {weights.written(name): new[name] if name in new else weights.read(name) for name in names})
 
 
-def _write_notes(folder: ModelFolder, config: RetweakConfig, report: RetweakReport, writer: CheckpointWriter) -> None:
+def _write_notes(folder: ModelFolder, config: RetweakConfig, tokens: Tensor, report: RetweakReport, writer: CheckpointWriter) -> None:
     ours = card.is_ours(folder.path)
     writer.copy(folder.path, [path for path in other_files(folder.path) if str(path) != RECIPE and not (ours and str(path) == card.FILE)])
     note = {
         "config": asdict(config),
+        "calibration_tokens": tokens.numel(),
+        "calibration": asdict(report.calibration) if report.calibration else None,
         "blocks": [asdict(block) for block in report.blocks],
         "polish": asdict(report.polish) if report.polish else None,
     }

@@ -43,6 +43,8 @@ def tweak(
     settings |= ({"polish": None} if no_polish else {}) | ({"tweak": None} if polish_only else {})
     chosen = retweak.preset_for(quantized, **settings)
     report = retweak.tweak(quantized, float_model=float_model, out=out, config=chosen, progress=TerminalProgress(), device=device)
+    if report.calibration:
+        console.out(str(report.calibration))
     if report.polish:
         console.out(f"polish: {report.polish}")
     console.out(
