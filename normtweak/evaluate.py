@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ def read_text(source: str) -> str:
     path = Path(source)
     require(path.is_file(), "eval", "text", f"a text file or {PYTHON_DOCS}", source)
     return read_utf8("eval", path)
+
+
+def check_names(where: str, argument: str, sources: Sequence[str]) -> None:
+    """Raise ValueError for files of the same name in different folders, where results have the files' names."""
+    names = [Path(source).name for source in dict.fromkeys(sources)]
+    require(len(set(names)) == len(names), where, argument, "files called differently, since results have their names", ", ".join(names))
 
 
 def text_windows(tokenizer: Any, text: str, count: int, length: int) -> Tensor:

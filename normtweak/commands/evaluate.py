@@ -46,7 +46,7 @@ def evaluate(
     from ..calibration import leading_bos
     from ..card import add_scores, check_has_card
     from ..checkpoint import check_parent, write_json
-    from ..evaluate import PYTHON_DOCS, Suite, read_text, score, text_windows
+    from ..evaluate import PYTHON_DOCS, Suite, check_names, read_text, score, text_windows
 
     place = device_of(device)
     precision = compute_dtype(dtype, place)
@@ -54,6 +54,7 @@ def evaluate(
         check_parent(json_file)
     if card:
         check_has_card(Path(model))
+        check_names("eval", "text", text or [])
     suite = Suite.read(lambada or [], choice or [], tasks.split(",") if tasks else [], limit)
     texts = {name: read_text(name) for name in text or ([] if suite else [PYTHON_DOCS])}
     folder = models.ModelFolder(models.resolve(model))

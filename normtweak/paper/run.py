@@ -12,6 +12,7 @@ from rich.table import Table
 from ..calibration.languages import PRESETS
 from ..checks import check_pattern
 from ..config import CalibrationConfig, QuantizeConfig, require
+from ..evaluate import check_names
 from ..progress import Progress
 from .experiments import FIGURES, TABLES, Experiment, Scope
 from .figure import check_matplotlib, draw
@@ -38,6 +39,7 @@ class Request:
         for argument, asked, there in (("table", self.tables, TABLES), ("figure", self.figures, FIGURES)):
             for number in asked:
                 require(number in there, "paper", argument, "one of " + ", ".join(map(str, there)), number)
+        check_names("paper", "calibration", self.sources)
         require(self.seeds >= 1, "paper", "seeds", "1 or more", self.seeds)
         if self.rows:
             check_pattern("paper", "rows", self.rows)
