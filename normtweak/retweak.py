@@ -15,7 +15,7 @@ from . import card, formats, models, norms
 from .activations import Stream, compute_dtype, device_of, embed_all
 from .blocks import BlockReader, PackedReader
 from .calibration.quality import TextReport
-from .checkpoint import RECIPE, CheckpointWriter, check_disk, check_out_folder, other_files
+from .checkpoint import RECIPE, CheckpointWriter, check_disk, check_out_folder, other_files, read_recipe
 from .config import RetweakConfig, require
 from .linear import quantizable_linears
 from .loop import BlockReport, tweak_block
@@ -24,6 +24,9 @@ from .models import ModelFolder
 from .polish import PolishReport, polish
 from .progress import Progress, Silent
 from .sequences import calibration_text, joined, split_extra, wanted_sequences
+
+# Rounding to bfloat16 moves an embedding by 0.2 %; a fine-tuned model may be nearer to its base than this, an unrelated one is 140 % away.
+SAME = 0.01
 
 
 @dataclass
@@ -123,6 +126,18 @@ def _check_pair(packed: PackedReader, exact: BlockReader) -> None:
             not missing, "checkpoint", str(reader.folder.path), f"a checkpoint with the parameter {missing[:1] and missing[0]}", "none of that name"
         )
     require(exact.blocks > 0, "tweak", path, "a model with at least one block", "none")
+    distance = _embedding_distance(packed, exact)
+    require(distance < SAME, "tweak", "float", "the model that was quantized, with its embedding", f"one whose embedding differs by {distance:.0%}")
+
+
+def _embedding_distance(packed: PackedReader, exact: BlockReader) -> float:
+    """|E - F| / |F| of the first rows of the two models' embeddings, which no quantizer changes: shapes don't tell a model from its namesakes."""
+    rows = []
+    for reader in (packed, exact):
+        weight = reader.model.get_input_embeddings().weight
+        name = next(name for name, parameter in reader.model.named_parameters() if parameter is weight)
+        rows.append(reader.folder.weights.read(str(reader.folder.weights.find(name)))[:1024].float())
+    return ((rows[0] - rows[1]).norm() / rows[1].norm()).item()
 
 
 def _tweak_blocks(
@@ -194,7 +209,7 @@ def _write_notes(folder: ModelFolder, config: RetweakConfig, tokens: Tensor, rep
         "blocks": [asdict(block) for block in report.blocks],
         "polish": asdict(report.polish) if report.polish else None,
     }
-    recipe = {**(models.recipe(folder.path) or {}), "retweak": note}
+    recipe = {**(read_recipe(folder.path) or {}), "retweak": note}
     writer.write_json(RECIPE, recipe)
     if ours or not (folder.path / card.FILE).is_file():
         writer.write_text(card.FILE, card.render(recipe, folder.quantization or {}))
