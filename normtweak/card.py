@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import models
-from .checkpoint import RECIPE, stored_activations, write_json, write_text
+from .checkpoint import RECIPE, read_recipe, stored_activations, write_json, write_text
 from .config import require
 
 FILE = "README.md"
@@ -43,7 +43,7 @@ def render(recipe: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
 def add_scores(folder: Path, scores: Mapping[str, Any], against: str | None) -> None:
     """Note an evaluation's scores, by text, in a folder's normtweak.json and card. Raises ValueError for a folder that normtweak didn't write."""
     check_has_card(folder)
-    recipe: dict[str, Any] = models.recipe(folder) or {}
+    recipe: dict[str, Any] = read_recipe(folder) or {}
     name = None if against is None else _name(against)
     recipe["scores"] = recipe.get("scores", {}) | {os.path.basename(text): {**score, "against": name} for text, score in scores.items()}
     quantization = json.loads((folder / "config.json").read_text(encoding="utf8"))["quantization_config"]
@@ -120,8 +120,8 @@ def _norms(run: Mapping[str, Any], calibrated: str = "") -> list[str]:
         rate = tweak["learning_rate"] or "searched"
         lines.append(f"- norm tweaking (arXiv 2309.02784) block by block: loss {tweak['loss']}, learning rate {rate}{calibrated}; {fate}")
     if config.get("polish"):
-        kept = "" if polish.get("accepted") else "; not kept"
-        lines.append(f"- all norms polished together against the float model's next-token distribution{calibrated}{kept}")
+        fate = "" if polish.get("accepted") else "; not kept"
+        lines.append(f"- all norms polished together against the float model's next-token distribution{calibrated}{fate}")
     return lines
 
 

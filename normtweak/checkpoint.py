@@ -169,6 +169,14 @@ def check_disk(where: str, out: Path, size: int) -> None:
     require(free >= needed, where, "out", f"on a disk with {needed / 2**20:.0f} MiB free", f"{free / 2**20:.0f} MiB free")
 
 
+def save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises OSError where the system refuses, as any other writing does: for a full disk, say."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
 class CheckpointWriter:
     """Writes a model folder beside its place and renames it there when it is whole.
 
@@ -217,7 +225,7 @@ class CheckpointWriter:
         name = f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
         whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         with beside(self.partial / name) as path:
-            save_file(whole, path, metadata={"format": "pt"})
+            save(whole, path)
         self._weight_map |= dict.fromkeys(whole, name)
         self._bytes += sum(tensor.nbytes for tensor in whole.values())
 
@@ -275,6 +283,19 @@ def write_text(file: Path, text: str) -> None:
 def write_json(file: Path, data: Any) -> None:
     """Write a JSON file whole or not at all."""
     write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """What normtweak noted when it wrote the folder, or None for another's. Raises ValueError for a file that is no JSON object."""
+    path = folder / RECIPE
+    if not path.is_file():
+        return None
+    try:
+        recipe = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {path} must be JSON, got {error}") from error
+    require(isinstance(recipe, dict), "checkpoint", str(path), "a JSON object", type(recipe).__name__)
+    return recipe
 
 
 def stored_activations(quantization: Mapping[str, Any] | None) -> str:

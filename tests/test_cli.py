@@ -354,6 +354,21 @@ def test_a_table_of_a_configuration_file_that_is_none(small_model, tmp_path, nam
     assert (code, stderr) == (2, f"normtweak: config: {name} must be a table of names and values, got 3\n")
 
 
+def test_what_the_system_refuses_is_one_line_and_exit_code_1(small_model, tmp_path, monkeypatch):
+    """A full disk: safetensors has an error of its own."""
+    from safetensors import SafetensorError
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("normtweak.checkpoint.save_file", full)
+    code, _, stderr = in_process("quantize", small_model, "--out", tmp_path / "out", *SMALL)
+    assert (code, len(stderr.splitlines())) == (1, 1)
+    assert stderr.startswith("normtweak: ")
+    assert "could not be written: I/O error: No space left on device" in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unknown_option():
     assert in_process("quantize", "--nonsense")[0] == 2
 
