@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from normtweak_kernels.dequant_gemm import ACTIVATIONS
 
 from . import families, formats
-from .checkpoint import QUANTIZE_CONFIG, RECIPE, WeightFiles, stored_activations
+from .checkpoint import QUANTIZE_CONFIG, WeightFiles, stored_activations
 from .checks import one_of
 from .config import require
 from .files import cache_folder
@@ -150,7 +150,8 @@ class ModelFolder:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.path)
+            # left to itself transformers would ask at the terminal whether to run a folder's own code
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
             raise ValueError(f"model: {self.path} must have a config.json that transformers knows, got {_first_line(error)}") from error
 
@@ -160,9 +161,19 @@ class ModelFolder:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.path)
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(f"model: {self.path} must have a tokenizer, got {_first_line(error)}") from error
+
+    @cached_property
+    def generation(self) -> Any:
+        """The settings of generation_config.json, None where there is none. Raises ValueError for a file that isn't read."""
+        from transformers import GenerationConfig
+
+        try:
+            return GenerationConfig.from_pretrained(self.path) if (self.path / "generation_config.json").is_file() else None
+        except (ValueError, OSError, TypeError) as error:
+            raise ValueError(f"model: {self.path} must have a generation_config.json that transformers knows, got {_first_line(error)}") from error
 
     @cached_property
     def weights(self) -> WeightFiles:
@@ -301,11 +312,12 @@ def load(
         activations = stored_activations(folder.quantization)
     require(activations in ACTIVATIONS, "load", "activations", f"one of {', '.join(ACTIVATIONS)}", activations)
     require(activations == "auto" or folder.quantization is not None, "load", "activations", "auto for a float model", activations)
-    if isinstance(dtype, str) and dtype != "auto":
-        one_of("load", "dtype", dtype, ("auto", "float32", "float16", "bfloat16"))
-        dtype = getattr(torch, dtype)
     if dtype == "auto":
         dtype = torch.float32 if torch.device(device).type == "cpu" else (folder.config.dtype or torch.float16)
+    elif isinstance(dtype, str):
+        one_of("load", "dtype", dtype, ("auto", "float32", "float16", "bfloat16"))
+        dtype = getattr(torch, dtype)
+    assert isinstance(dtype, torch.dtype)
     loaded = folder.skeleton()
     if folder.quantization is not None:
         from transformers.quantizers.auto import AutoHfQuantizer
@@ -329,10 +341,8 @@ def load(
     else:
         folder.weights.fill(loaded, skip=tied_names(loaded))
         loaded.tie_weights()
-    if (folder.path / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        loaded.generation_config = GenerationConfig.from_pretrained(folder.path)
+    if folder.generation is not None:
+        loaded.generation_config = folder.generation
     _cast(loaded, dtype)
     return loaded.to(device).eval()
 
@@ -385,9 +395,3 @@ def fill_packed(model: Any, folder: ModelFolder) -> None:
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     require(not left, "load", str(folder.path), "complete", f"no value for {', '.join(left[:3])}")
-
-
-def recipe(folder: Path) -> dict[str, Any] | None:
-    """What normtweak noted when it wrote the folder, or None for another's."""
-    path = folder / RECIPE
-    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None

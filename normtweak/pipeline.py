@@ -184,6 +184,7 @@ class _Plan(BlockReader):
         return formats.describe(own.written_format, schemes, plain, head=self.head, meta=meta)
 
     def _check_parameters(self) -> None:
+        _ = self.folder.tokenizer, self.folder.generation  # written at the end, whether a text is looked at or not
         missing = self.folder.missing(self.model)
         require(
             not missing, "checkpoint", str(self.folder.path), f"a checkpoint with the parameter {missing[:1] and missing[0]}", "none of that name"

@@ -59,6 +59,18 @@ def test_a_config_that_transformers_does_not_know(small_model, tmp_path):
         normtweak.load(tmp_path)
 
 
+def test_nobody_is_asked_to_run_a_folders_code(small_model, tmp_path, monkeypatch):
+    """transformers asks at the terminal, and runs it for a y."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "made-up", "auto_map": {"AutoConfig": "code.Config"}}))
+    with pytest.raises(ValueError, match=r"must have a config.json that transformers knows, got The repository .* contains custom code"):
+        normtweak.load(tmp_path)
+    folder = shutil.copytree(small_model, tmp_path / "copy")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Made", "auto_map": {"AutoTokenizer": ["code.Made", None]}}))
+    with pytest.raises(ValueError, match=r"must have a tokenizer, got The repository .* contains custom code"):
+        normtweak.load_tokenizer(folder)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_float_model_loads_as_transformers_loads_it(tmp_path, tied):
     from transformers import AutoModelForCausalLM
