@@ -340,7 +340,7 @@ def _polish(
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.dtype in (torch.float32, torch.bfloat16) else tensor
+    return tensor.to(dtype) if tensor.dtype in (torch.float64, torch.float32, torch.bfloat16) else tensor
 
 
 def _write_rest(plan: _Plan, head: dict[str, Tensor], writer: CheckpointWriter) -> None:

@@ -324,6 +324,11 @@ def test_what_is_written_at_the_end_is_read_at_the_beginning(small_model, tmp_pa
     refuse(folder, tmp_path / "out", message, method="rtn", tweak=None)
 
 
+def test_a_model_in_float64(tmp_path):
+    run(make_model(tmp_path / "float", dtype=torch.float64), tmp_path / "out", method="rtn", tweak=None)
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.float16, torch.int32}
+
+
 def test_a_packed_model_is_not_quantized_again(small_model, tmp_path):
     run(small_model, tmp_path / "once", method="rtn", tweak=None)
     refuse(tmp_path / "once", tmp_path / "twice", "model must be a float model, got one quantized by gptq")
