@@ -237,6 +237,8 @@ def test_help_is_good_reading():
         (["generate", "MODEL", "--prompt", "a", "--activations", "int3"], "load: activations must be one of auto, int16, int8, int8_token, got int3"),
         (["generate", "MODEL", "--prompt", "a", "--dtype", "float8"], "name must be auto, float32 or bfloat16, got float8"),
         (["generate", "MODEL", "--prompt", ""], "generate: prompt must be some text"),
+        (["demo", "--samples", "1"], "demo: samples must be 2 or more, as the polish holds one out, got 1"),
+        (["demo", "--length", "4"], "CalibrationConfig: length must be 8 or more tokens, got 4"),
         (["inspect", "./nowhere"], "model: ./nowhere must be a model folder"),
     ],
 )

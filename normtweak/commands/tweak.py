@@ -20,7 +20,8 @@ def tweak(
     no_polish: Annotated[bool, typer.Option("--no-polish", help="Tweak block by block alone.")] = False,
     polish_only: Annotated[bool, typer.Option("--polish-only", help="Polish all norms together, without the tweak block by block.")] = False,
     calibration: Annotated[
-        str | None, typer.Option(help="generated (by the float model), random, or a UTF-8 text FILE.txt.", show_default="generated")
+        str | None,
+        typer.Option(help="generated (by the float model), random, a UTF-8 text FILE.txt, FILE.jsonl, or hf:DATASET.", show_default="generated"),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
