@@ -54,6 +54,8 @@ class Report:
         return tweaked or (self.polish is not None and self.polish.accepted)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # whatever the caller has switched off
 def quantize(
     model: str | os.PathLike[str],
     *,

@@ -43,6 +43,8 @@ class RetweakReport:
     calibration: TextReport | None = None
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # whatever the caller has switched off
 def tweak(
     quantized: str | os.PathLike[str],
     *,
