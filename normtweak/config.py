@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from .checks import from_dict, one_of, require
+from .checks import check_pattern, from_dict, one_of, require
 
 BITS = (2, 3, 4, 5, 8)
 METHODS = ("gptq", "rtn", "awq", "smoothquant", "autoround")
@@ -147,7 +145,7 @@ class ModuleOverride:
 
     def __post_init__(self) -> None:
         where = "ModuleOverride"
-        _check_pattern(where, "pattern", self.pattern)
+        check_pattern(where, "pattern", self.pattern)
         require(self.bits is not None or self.group_size is not None, where, "bits, group_size", "given, one of them at least", "neither")
         require(self.bits is None or self.bits in BITS, where, "bits", "one of " + ", ".join(map(str, BITS)), self.bits)
         _check_group_size(where, -1 if self.group_size is None else self.group_size)
@@ -164,14 +162,6 @@ class ModuleOverride:
         require(form is not None, "ModuleOverride", "text", "PATTERN=BITS or PATTERN=BITS:GROUP_SIZE", text)
         assert form is not None
         return cls(form["pattern"], int(form["bits"]), int(form["group_size"]) if form["group_size"] else None)
-
-
-def _check_pattern(where: str, argument: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{where}: {argument} must be a regular expression, got {pattern!r} ({error})") from None
-    require(bool(pattern), where, argument, "a regular expression", "an empty one")
 
 
 def _check_rate(where: str, rate: float | None) -> None:
@@ -258,7 +248,7 @@ class QuantizeConfig:
         one_of(where, "bits", self.bits, BITS)
         _check_group_size(where, self.group_size)
         for pattern in self.skip:
-            _check_pattern(where, "skip", pattern)
+            check_pattern(where, "skip", pattern)
         one_of(where, "method", self.method, METHODS)
         one_of(where, "rounding", self.rounding, ("nearest", "gptq"))
         chosen = self.method in ("awq", "smoothquant")
@@ -276,7 +266,7 @@ class QuantizeConfig:
         )
         require(0 <= self.correction <= 1, where, "correction", "0 to 1", self.correction)
         one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
-        require(self.seed >= 0, where, "seed", "0 or more", self.seed)
+        require(0 <= self.seed < 2**32, where, "seed", f"0 to {2**32 - 1}", self.seed)
 
     @classmethod
     def preset(cls, name: str = "default", **settings: Any) -> QuantizeConfig:
@@ -358,7 +348,7 @@ class RetweakConfig:
         where = "RetweakConfig"
         require(self.tweak is not None or self.polish is not None, where, "tweak, polish", "given, one of them at least", "neither")
         one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
-        require(self.seed >= 0, where, "seed", "0 or more", self.seed)
+        require(0 <= self.seed < 2**32, where, "seed", f"0 to {2**32 - 1}", self.seed)
 
     @classmethod
     def preset(cls, bits: int, /, **settings: Any) -> RetweakConfig:
@@ -410,14 +400,3 @@ def _paper_tweak(bits: int) -> TweakConfig:
 
 
 TWEAK_PRESETS = {"default": _default_tweak, "paper": _paper_tweak}
-
-
-def check_out_folder(out: Path) -> None:
-    """Raise ValueError unless `out` is free: missing, or an empty folder, under a parent that exists."""
-    require(
-        not out.exists() or (out.is_dir() and not any(out.iterdir())), "quantize", "out", "a new or empty folder", f"{out}, which holds something"
-    )
-    out = out.resolve()
-    require(out.parent.is_dir(), "quantize", "out", "in a folder that exists", out)
-    # the finished folder is renamed to its place, which no mount point can be
-    require(not os.path.ismount(out), "quantize", "out", "a folder inside a mounted one", f"{out}, which is a mount point")

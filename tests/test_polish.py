@@ -249,6 +249,21 @@ def test_a_tweak_that_leads_away_from_the_float_model_is_undone(small_model, tmp
     assert not kept.polish.undone
 
 
+def test_where_no_block_kept_its_tweak_none_was_undone(small_model, tmp_path):
+    report = run(small_model, tmp_path / "out", method="rtn", bits=4, tweak={"learning_rate": 0.9}, polish={"min_gain": 0.9})
+    assert [block.rate for block in report.blocks] == [0, 0]
+    assert not report.polish.undone
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients(small_model, tmp_path, off):
+    with off():
+        report = run(small_model, tmp_path / "out", method="rtn", bits=2, tweak={}, polish={})
+        again = normtweak.tweak(tmp_path / "out", float_model=small_model, out=tmp_path / "again", tokens=torch.randint(2, 90, (4, 16)))
+    assert report.polish.kl_before > 0
+    assert again.polish.kl_before > 0
+
+
 def test_a_gain_that_is_too_small_is_none(small_model, tmp_path):
     """The tweak gains some on held-out text, the polish nothing: less than is asked, so the norms are the quantizer's again."""
     plain = run(small_model, tmp_path / "plain", method="rtn", bits=2)
