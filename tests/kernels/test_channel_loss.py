@@ -152,6 +152,13 @@ def test_gradients_in_float64(form):
         assert torch.autograd.gradcheck(lambda x, mask=mask: channel_loss(x, mean_f, var_f, mask, form=form), (x,))
 
 
+def test_a_second_derivative_is_refused(body):
+    x = torch.randn(6, 4, requires_grad=True)
+    (slope,) = torch.autograd.grad(channel_loss(x, torch.zeros(4), torch.ones(4), form="squared"), x, create_graph=True)
+    with pytest.raises(ValueError, match="channel_loss: must be differentiated once"):
+        (slope.pow(2) * x).sum().backward()
+
+
 def test_equal_statistics_cost_nothing(body):
     x = torch.randn(100, 48)
     assert channel_loss(x, x.mean(0), x.var(0, correction=0)) < 1e-6

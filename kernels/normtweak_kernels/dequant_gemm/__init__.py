@@ -56,7 +56,19 @@ def _backward(ctx, grad):
     return grad_x, None, None, None, grad_bias, None, None
 
 
+def _setup_backward_context(ctx, inputs, output) -> None:
+    _grad, qweight, scales, zeros, ctx.bits, _k = inputs
+    ctx.save_for_backward(qweight, scales, zeros)
+
+
+def _backward_of_backward(ctx, grad):
+    # The gradient in x is linear in that in y, by the same weight: derivatives of any order are these two ops.
+    grad_grad = torch.ops.normtweak.dequant_gemm(grad, *ctx.saved_tensors, None, ctx.bits, "auto") if ctx.needs_input_grad[0] else None
+    return grad_grad, None, None, None, None, None
+
+
 torch.library.register_autograd("normtweak::dequant_gemm", _backward, setup_context=_setup_context)
+torch.library.register_autograd("normtweak::dequant_gemm_backward", _backward_of_backward, setup_context=_setup_backward_context)
 
 
 # How x enters the product; see `dequant_gemm`.
