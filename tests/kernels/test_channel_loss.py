@@ -254,7 +254,8 @@ def test_opcheck(body):
     ("arguments", "message"),
     [
         ({"form": "cubic"}, "form must be absolute or squared, got cubic"),
-        ({"x": torch.zeros(3, 4).int()}, r"x must be floating point \[..., C\], got torch.int32"),
+        ({"x": torch.zeros(3, 4).int()}, r"x must be float16, bfloat16, float32 or float64 \[..., C\], got torch.int32"),
+        ({"x": torch.zeros(3, 4).to(torch.float8_e5m2)}, r"x must be float16, bfloat16, float32 or float64 \[..., C\], got torch.float8_e5m2"),
         ({"mean_f": torch.zeros(5)}, r"mean_f must be \[4\], got \(5,\)"),
         ({"var_f": torch.zeros(1, 4)}, r"var_f must be \[4\], got \(1, 4\)"),
         ({"mask": torch.ones(3)}, r"mask must be bool \(3,\), got torch.float32 \(3,\)"),

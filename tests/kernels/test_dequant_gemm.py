@@ -255,7 +255,8 @@ def good_arguments():
     [
         ({"activations": "int4"}, "activations must be one of auto, int16, int8, int8_token, got int4"),
         ({"bits": 5}, "bits must be one of 2, 3, 4, 8, got 5"),
-        ({"x": torch.zeros(2, 32).int()}, r"x must be floating point \[..., K\], got torch.int32 \(2, 32\)"),
+        ({"x": torch.zeros(2, 32).int()}, r"x must be float16, bfloat16, float32 or float64 \[..., K\], got torch.int32 \(2, 32\)"),
+        ({"x": torch.zeros(2, 32).to(torch.float8_e4m3fn)}, r"x must be float16, bfloat16, float32 or float64 \[..., K\], got torch.float8_e4m3fn"),
         ({"scales": torch.ones(3, 4)}, r"scales must be float16 or float32 \[G, N\] with G dividing K = 32, got torch.float32 \(3, 4\)"),
         ({"scales": torch.ones(2, 4).bfloat16()}, "scales must be float16 or float32"),
         ({"qweight": torch.zeros(1, 3, 16, dtype=torch.int32)}, r"qweight must be int32 \(1, 4, 16\), got torch.int32 \(1, 3, 16\)"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import gpu, native, packing, registry
+from ..precision import FLOATS
 from . import cpp_kernel, reference  # noqa: F401  (they register their bodies)
 
 for _op in ("dequant_gemm", "dequant_gemm_backward"):
@@ -94,8 +95,8 @@ def dequant_gemm(
     packing.check_bits("dequant_gemm", bits)
     if activations not in ACTIVATIONS:
         raise ValueError(f"dequant_gemm: activations must be one of {', '.join(ACTIVATIONS)}, got {activations}")
-    if x.dim() < 1 or not x.is_floating_point():
-        raise ValueError(f"dequant_gemm: x must be floating point [..., K], got {x.dtype} {tuple(x.shape)}")
+    if x.dim() < 1 or x.dtype not in FLOATS:
+        raise ValueError(f"dequant_gemm: x must be float16, bfloat16, float32 or float64 [..., K], got {x.dtype} {tuple(x.shape)}")
     k = x.shape[-1]
     if scales.dim() != 2 or scales.dtype not in (torch.float16, torch.float32) or scales.shape[0] < 1 or k % scales.shape[0]:
         raise ValueError(f"dequant_gemm: scales must be float16 or float32 [G, N] with G dividing K = {k}, got {scales.dtype} {tuple(scales.shape)}")
