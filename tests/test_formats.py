@@ -60,6 +60,15 @@ def test_act_order(name, bits):
     assert torch.equal(again.dequantize(), weight)
 
 
+@pytest.mark.parametrize("name", formats.WRITTEN)
+def test_reading_does_not_depend_on_the_default_device(name):
+    linear = packed(16, 96, 4, 3, False)
+    form = opened(name, linear)
+    tensors = form.write("a.b", linear)
+    with torch.device("meta"):  # as torch.set_default_device("cuda") with tensors that were read on the CPU
+        assert same(form.read("a.b", tensors, 16, 96), linear)
+
+
 def by_hand(words, bits, count):
     """Rows of words -> rows of codes, least significant first."""
     rows = []

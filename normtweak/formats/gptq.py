@@ -143,8 +143,10 @@ def permutation(path: str, g_idx: Tensor | None, scheme: Scheme, k: int) -> Tens
     """The order of inputs int32 [k] that puts the groups of g_idx side by side, or None where they lie so. Raises ValueError for groups of unequal size."""
     size = k if scheme.group_size == -1 else scheme.group_size
     require(k % size == 0, path, "in_features", f"a multiple of the group size {size}, as groups must be of one size", k)
-    plain = torch.arange(k) // size
-    if g_idx is None or torch.equal(g_idx.long(), plain):
+    if g_idx is None:
+        return None
+    plain = torch.arange(k, device=g_idx.device) // size
+    if torch.equal(g_idx.long(), plain):
         return None
     perm = torch.argsort(g_idx.long(), stable=True)
     equal = tuple(g_idx.shape) == (k,) and torch.equal(g_idx.long()[perm], plain)

@@ -218,6 +218,18 @@ def test_collected_statistics_are_those_of_all_tokens(body, dtype):
     assert torch.equal(reference.kept_tokens(x, mask), x[mask].float())
 
 
+def test_the_default_device_changes_nothing(isa):
+    x, statistics = torch.randn(9, 12), ChannelStatistics()
+    target = torch.zeros(12), torch.ones(12)
+    loss, gradient = channel_loss_and_grad(x, *target)
+    with torch.device("meta"):
+        statistics.update(x)
+        again = channel_loss_and_grad(x, *target)
+    assert torch.allclose(statistics.mean, x.mean(0), atol=1e-6)
+    assert torch.equal(again[0], loss)
+    assert torch.equal(again[1], gradient)
+
+
 def test_collected_statistics_of_the_same_tokens_cost_exactly_nothing(body):
     x, mask = torch.randn(3, 40, 12) * 5 + 100, torch.rand(3, 40) < 0.5
     statistics = ChannelStatistics()
