@@ -58,8 +58,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype, or in autocast's where that is on. bias: in place of the module's own."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if (device := x.device.type) != "meta" and torch.is_autocast_enabled(device):  # torch knows no autocast of shapes
+            x = x.to(torch.get_autocast_dtype(device))
         parameter = self._parameters["bias"] if bias is None else bias
         bias = None if parameter is None else parameter.to(x.dtype)
         # Straight from the dictionary, past nn.Module's attribute lookup: a token costs a call of every linear.

@@ -111,7 +111,8 @@ def dequant_gemm(
         raise ValueError(f"dequant_gemm: the weight must have rows and columns, got {n} x {k}")
     registry.check_transforms("dequant_gemm", x, bias)
     args = (x, qweight, scales, zeros, bias, bits, activations)
-    return registry.select("dequant_gemm", *args).run(*args) if registry.eager(x, bias) else torch.ops.normtweak.dequant_gemm(*args)
+    direct = registry.eager(x, bias) and not x.is_meta
+    return registry.select("dequant_gemm", *args).run(*args) if direct else torch.ops.normtweak.dequant_gemm(*args)
 
 
 class Prepared:
