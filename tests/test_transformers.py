@@ -1,5 +1,7 @@
 """transformers with packed linears: loading, quantizing on the spot, saving, pushing, generating, compiling."""
 
+import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -71,6 +73,24 @@ def test_importing_normtweak_registers_it(order):
 def test_the_hook_leaves_when_it_is_done():
     assert "normtweak" in transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING
     assert not [finder for finder in sys.meta_path if getattr(finder, "engine", "") == "transformers.quantizers.auto"]
+
+
+def test_the_hook_waits_for_an_import_that_succeeds(tmp_path, monkeypatch):
+    """Ctrl-C while transformers is being imported, and again: folders still load."""
+    from normtweak.integrations.hooks import after_import
+
+    (tmp_path / "stand_in_engine.py").write_text("import stand_in_flag\n")
+    (tmp_path / "stand_in_ours.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    after_import("stand_in_engine", "stand_in_ours")
+    importlib.util.find_spec("stand_in_engine")  # only asked for
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("stand_in_engine")
+    assert "stand_in_ours" not in sys.modules
+    monkeypatch.setitem(sys.modules, "stand_in_flag", sys)
+    importlib.import_module("stand_in_engine")
+    assert "stand_in_ours" in sys.modules
+    assert not [finder for finder in sys.meta_path if getattr(finder, "engine", "") == "stand_in_engine"]
 
 
 # ---- loading
