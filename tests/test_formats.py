@@ -69,6 +69,17 @@ def test_reading_does_not_depend_on_the_default_device(name):
         assert same(form.read("a.b", tensors, 16, 96), linear)
 
 
+@pytest.mark.parametrize("dynamic", [["-:a"], "-:a", {"+:a": "4"}, {"+:a": [4]}])
+def test_rules_of_the_wrong_kind_are_one_line(dynamic):
+    with pytest.raises(ValueError, match="load: dynamic must be a table of patterns and their settings, got"):
+        formats.open_format({"quant_method": "gptq", "bits": 4, "dynamic": dynamic})
+
+
+def test_a_rule_without_settings_changes_nothing():
+    form = formats.open_format({"quant_method": "gptq", "bits": 4, "dynamic": {"+:a": None}})
+    assert form.scheme("a") == form.scheme("b") == formats.Scheme(4, -1, True)
+
+
 def by_hand(words, bits, count):
     """Rows of words -> rows of codes, least significant first."""
     rows = []

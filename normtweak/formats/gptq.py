@@ -33,7 +33,10 @@ class GPTQ:
         word = settings.get("pack_dtype", "int32")
         require(word == "int32", "load", "pack_dtype", "int32", word)
         self.settings, self.v2 = settings, form == "gptq_v2"
-        for pattern in settings.get("dynamic") or {}:
+        rules = settings.get("dynamic") or {}
+        tables = isinstance(rules, Mapping) and all(not own or isinstance(own, Mapping) for own in rules.values())
+        require(tables, "load", "dynamic", "a table of patterns and their settings", rules)
+        for pattern in rules:
             try:
                 re.compile(_without_sign(pattern))
             except re.error as error:
@@ -46,7 +49,7 @@ class GPTQ:
             if re.match(_without_sign(pattern), path):
                 if pattern.startswith("-:"):
                     return None
-                own = settings
+                own = settings or {}
                 break
         if any(is_within(path, name) for name in self.settings.get("modules_to_not_convert") or ()):
             return None
