@@ -242,7 +242,7 @@ def block_path(model: Any) -> str:
     """
     family = families.find(model.config)
     if family is not None:
-        return family.blocks
+        return family.blocks.removeprefix(_left_out(model))
     candidates = {
         path: len(module)
         for path, module in model.named_modules()
@@ -252,6 +252,12 @@ def block_path(model: Any) -> str:
     candidates = {path: length for path, length in candidates.items() if not any(path.startswith(f"{outer}.") for outer in candidates)}
     require(bool(candidates), "model", model.config.model_type, "a decoder whose blocks are an nn.ModuleList with nn.Linear inside", "no such list")
     return max(candidates, key=candidates.__getitem__)
+
+
+def _left_out(model: Any) -> str:
+    """What paths in the whole model begin with and those in `model` don't: transformers' AutoModel gives the part under the head that its prefix names."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return "" if not prefix or hasattr(model, prefix) else f"{prefix}."
 
 
 def _has_linears(module: nn.Module) -> bool:
@@ -345,9 +351,9 @@ def packed_linears(skeleton: Any, folder: ModelFolder, form: formats.Format) -> 
     Raises ValueError where there is none.
     """
     present_blocks(skeleton)
-    found = {}
+    found, whole = {}, _left_out(skeleton)
     for name, linear in quantizable_linears(skeleton).items():
-        stored = folder.weights.find(f"{name}.{form.codes}")
+        stored = folder.weights.find(f"{whole}{name}.{form.codes}")
         if stored is not None:
             found[name] = linear, stored.removesuffix(form.codes)
     require(bool(found), "load", str(folder.path), f"a checkpoint with packed linears ({form.codes} tensors)", "none")
