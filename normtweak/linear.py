@@ -184,6 +184,12 @@ def quantizable_linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear) and "Router" not in type(module).__name__}
 
 
+def left_out(model: Any) -> str:
+    """What paths in the whole model begin with and those in `model` don't: transformers' AutoModel gives the part under the head that its prefix names."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return "" if not prefix or hasattr(model, prefix) else f"{prefix}."
+
+
 def replace(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at the path `name` under `root`."""
     parent, _, leaf = name.rpartition(".")

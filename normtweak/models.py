@@ -27,7 +27,7 @@ from . import families, formats
 from .checkpoint import QUANTIZE_CONFIG, RECIPE, WeightFiles, stored_activations
 from .config import require
 from .files import cache_folder
-from .linear import PackedLinear, is_conv1d, present_linears, quantizable_linears, replace
+from .linear import PackedLinear, is_conv1d, left_out, present_linears, quantizable_linears, replace
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ def block_path(model: Any) -> str:
     """
     family = families.find(model.config)
     if family is not None:
-        return family.blocks.removeprefix(_left_out(model))
+        return family.blocks.removeprefix(left_out(model))
     candidates = {
         path: len(module)
         for path, module in model.named_modules()
@@ -252,12 +252,6 @@ def block_path(model: Any) -> str:
     candidates = {path: length for path, length in candidates.items() if not any(path.startswith(f"{outer}.") for outer in candidates)}
     require(bool(candidates), "model", model.config.model_type, "a decoder whose blocks are an nn.ModuleList with nn.Linear inside", "no such list")
     return max(candidates, key=candidates.__getitem__)
-
-
-def _left_out(model: Any) -> str:
-    """What paths in the whole model begin with and those in `model` don't: transformers' AutoModel gives the part under the head that its prefix names."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return "" if not prefix or hasattr(model, prefix) else f"{prefix}."
 
 
 def _has_linears(module: nn.Module) -> bool:
@@ -351,7 +345,7 @@ def packed_linears(skeleton: Any, folder: ModelFolder, form: formats.Format) -> 
     Raises ValueError where there is none.
     """
     present_blocks(skeleton)
-    found, whole = {}, _left_out(skeleton)
+    found, whole = {}, left_out(skeleton)
     for name, linear in quantizable_linears(skeleton).items():
         stored = folder.weights.find(f"{whole}{name}.{form.codes}")
         if stored is not None:
