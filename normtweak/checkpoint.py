@@ -67,9 +67,12 @@ class WeightFiles:
         index = self.folder / INDEX
         if index.is_file():
             try:
-                return sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
+                files = set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"checkpoint: {index} must be JSON with a weight_map, got {type(error).__name__}: {error}") from error
+            named = bool(files) and all(isinstance(file, str) for file in files)
+            require(named, "checkpoint", str(index), "JSON with a weight_map of tensors to files", f"{next(iter(files), 'an empty one')}")
+            return sorted(files)
         names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         others = sorted(path.name for path in self.folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
         hint = f" (found {others[0]}; name a GGUF file as FOLDER:FILE.gguf, convert pickled weights to safetensors)" if others else ""
@@ -300,10 +303,16 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
 
 def stored_activations(quantization: Mapping[str, Any] | None) -> str:
     """How a checkpoint's activations enter its packed products: what its `meta` says, which other readers pass over, or "auto"."""
-    return ((quantization or {}).get("meta") or {}).get("activations", "auto")
+    return _meta(quantization or {}).get("activations", "auto")
 
 
 def written_here(quantization: Mapping[str, Any]) -> bool:
     """Whether a checkpoint with this `quantization_config` was written by normtweak, as its `meta` says."""
-    writers = (quantization.get("meta") or {}).get("quantizer", [])
-    return any(str(name).startswith("normtweak:") for name in ([writers] if isinstance(writers, str) else writers))
+    writers = _meta(quantization).get("quantizer")
+    return any(str(name).startswith("normtweak:") for name in (writers if isinstance(writers, list) else [writers]))
+
+
+def _meta(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
+    # Other tools' checkpoints are asked too, by loaders that pass them on: whatever they keep there, it isn't ours.
+    meta = quantization.get("meta")
+    return meta if isinstance(meta, Mapping) else {}

@@ -28,7 +28,7 @@ from .checkpoint import QUANTIZE_CONFIG, WeightFiles, stored_activations
 from .checks import one_of
 from .config import require
 from .files import cache_folder
-from .linear import PackedLinear, is_conv1d, present_linears, quantizable_linears, replace
+from .linear import PackedLinear, is_conv1d, left_out, present_linears, quantizable_linears, replace
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ def block_path(model: Any) -> str:
     """
     family = families.find(model.config)
     if family is not None:
-        return family.blocks
+        return family.blocks.removeprefix(left_out(model))
     candidates = {
         path: len(module)
         for path, module in model.named_modules()
@@ -370,9 +370,9 @@ def packed_linears(skeleton: Any, folder: ModelFolder, form: formats.Format) -> 
     Raises ValueError where there is none.
     """
     present_blocks(skeleton)
-    found = {}
+    found, whole = {}, left_out(skeleton)
     for name, linear in quantizable_linears(skeleton).items():
-        stored = folder.weights.find(f"{name}.{form.codes}")
+        stored = folder.weights.find(f"{whole}{name}.{form.codes}")
         if stored is not None:
             found[name] = linear, stored.removesuffix(form.codes)
     require(bool(found), "load", str(folder.path), f"a checkpoint with packed linears ({form.codes} tensors)", "none")
