@@ -279,8 +279,7 @@ class QuantizeConfig:
         bits, polish = settings.get("bits", cls.bits), settings.get("polish", {})
         if name == "default" and isinstance(polish, dict) and settings.get("tweak", {}) is not None:
             settings["polish"] = _default_polish(bits, settings, polish)
-            same_text = bits == 2 and settings["polish"]["extra_samples"] == 0
-            if settings.get("method", cls.method) == "gptq" and not same_text:
+            if settings.get("method", cls.method) == "gptq" and (bits != 2 or settings["polish"]["extra_samples"] != 0):
                 # After GPTQ a block's tweak gains nothing that the polish alone doesn't, but at 2 bits where it has no text of its own (docs/experiments.md).
                 settings.setdefault("tweak", None)
         tweak = settings.get("tweak", {})
@@ -368,10 +367,8 @@ def _default_tweak(bits: int) -> TweakConfig:
 
 
 def _default_polish(bits: int, settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    own: dict[str, Any] = {"learning_rate": 1e-2 if bits == 2 else 5e-3}
-    if bits == 3:
-        own |= {"batch_size": 1}
-    elif bits == 2 and given.get("extra_samples") != 0:
+    own: dict[str, Any] = {"learning_rate": 1e-2 if bits == 2 else 5e-3, "batch_size": 1 if bits == 3 else PolishConfig.batch_size}
+    if bits == 2 and given.get("extra_samples") != 0:
         # Five times the text wins twice as much, at 3 bits hardly more (docs/experiments.md); a twentieth of so much is enough to judge by.
         own |= {"batch_size": 1, "held_out": 0.05, "extra_samples": 4 * _samples(settings)}
     return dataclasses.asdict(PolishConfig()) | own | given
