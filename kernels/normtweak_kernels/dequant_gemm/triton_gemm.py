@@ -70,12 +70,12 @@ def dequant_gemm_fwd_kernel(
             if not EVEN_K:
                 mask_x = mask_x & (k + tl.arange(0, HALF) < K)[:, None]
             x = tl.load(x_ptr + k + offs_x, mask=mask_x, other=0)
-            pairs = packed_pairs(qweight_ptr, panel, rows_left, k, K, tables, BITS, PER, PER_HIGH, BLOCK_N, HALF, EVEN_K)
+            pairs = packed_pairs(qweight_ptr, panel, rows_left, k, K, tables, BITS, PER, PER_HIGH, BLOCK_N, HALF, False, EVEN_K)
             # Loaded once a step where both halves lie in one group.
             if GROUP_SIZE > 0 and (half == 0 or GROUP_SIZE % BLOCK_K != 0):
-                scales = parameters_of(scales_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF)
+                scales = parameters_of(scales_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF, False, EVEN_K)
                 if zeros_ptr is not None:
-                    group_zeros = parameters_of(zeros_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, HALF)
+                    group_zeros = parameters_of(zeros_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, HALF, False, EVEN_K)
             if zeros_ptr is not None:
                 zeros = group_zeros if GROUP_SIZE > 0 else channel_zeros
             else:
@@ -146,11 +146,11 @@ def dequant_gemm_bwd_kernel(
                 mask_g = mask_g & mask_n[:, None]
             grad = tl.load(grad_ptr + n + offs_g, mask=mask_g, other=0)
             words = qweight_ptr + (n // 16).to(tl.int64) * panel
-            pairs = packed_pairs(words, panel, tl.cdiv(N, 16) * 16 - n, first_k, K, tables, BITS, PER, PER_HIGH, HALF, BLOCK_K, False)
+            pairs = packed_pairs(words, panel, tl.cdiv(N, 16) * 16 - n, first_k, K, tables, BITS, PER, PER_HIGH, HALF, BLOCK_K, EVEN_N, False)
             zeros = None
             if zeros_ptr is not None:
-                zeros = parameters_of(zeros_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, 8, HALF, BLOCK_K)
-            scales = parameters_of(scales_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, HALF, BLOCK_K)
+                zeros = parameters_of(zeros_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, 8, HALF, BLOCK_K, EVEN_N)
+            scales = parameters_of(scales_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, HALF, BLOCK_K, EVEN_N)
             w = as_rows(weights_of(pairs, zeros, scales, tables, BITS, dtype))
             acc = tl.dot(w, grad, acc)
 
