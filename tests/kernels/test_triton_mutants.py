@@ -15,6 +15,7 @@ import torch
 
 from accuracy import assert_accurate, random_weight
 from normtweak_kernels import hessian_update, launch
+from normtweak_kernels.dequant_gemm.reference import quantize_activations
 from normtweak_kernels.dequant_gemm.triton_gemm import gemm, gemm_int8, grad_x, quantize_tokens
 from normtweak_kernels.dequant_gemm.triton_gemv import gemv
 from normtweak_kernels.gptq_block_update import reference as update_reference
@@ -163,9 +164,8 @@ def product_case(patch, kind, bits, shapes, config, zeros=True):
         if kind == "backward":
             return assert_accurate(grad_x(x, *arguments, bits, weight.codes.shape[1], config), x @ dense.half(), wide @ dense)
         if kind == "int8":
-            x_int8, x_scale = quantize_tokens(x)
-            wide = x_int8.double() * x_scale[:, None].double()
-            y = gemm_int8(x_int8, x_scale, *arguments, bias, bits, config, x.dtype)
+            wide = quantize_activations(x.float(), 1, "int8_token").double()
+            y = gemm_int8(x, *arguments, bias, bits, config)
         else:
             y = gemv(x, *arguments, bias, bits, config, x.dtype) if kind == "few rows" else gemm(x, *arguments, bias, bits, config)
         return assert_accurate(y, torch.nn.functional.linear(wide.half(), dense.half(), bias), torch.nn.functional.linear(wide, dense, bias.double()))

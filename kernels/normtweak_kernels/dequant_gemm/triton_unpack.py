@@ -21,18 +21,19 @@ def _as_loaded(values, ptr, K):
 
 
 @triton.jit
-def unpacking_tables(ptr, K, BITS: tl.constexpr):
+def unpacking_tables(ptr, K, BITS: tl.constexpr, RUN: tl.constexpr):
     """What turns words into weights, made once before the loop.
 
-    The first two say where in a word the k-th pair of its codes begins, the second code 8 bits behind the first: k = 4r + j is field r of byte j
-    (packing.py). Of 3 bits the first is for the low two, the second, less 2 and modulo 32, for the high bit. Then which of two words in an int64, and
+    The first two say where in a word the k-th run of RUN of its codes begins, 2 or 4, each code 8 bits behind the one before: k = 4r + j is field r of
+    byte j (packing.py). Of 3 bits the first is for the low two, the second, less 2 and modulo 32, for the high bit. Then which of two words in an int64, and
     the bits of the powers of two, in float32, whose mantissas count ones from bit 0 and from bit 8 on: known to be constant they would take an
     instruction more each time.
     """
     FIELD: tl.constexpr = 2 if BITS == 3 else BITS
-    pair, high_pair = tl.arange(0, 16 // FIELD), tl.arange(0, 16)
-    shift = _as_loaded(16 * (pair % 2) + FIELD * (pair // 2), ptr, K).to(tl.int32)
-    rotation = _as_loaded((16 * (high_pair % 2) + high_pair // 2 + 30) % 32, ptr, K).to(tl.int32)
+    PER_ROW: tl.constexpr = 4 // RUN
+    run, high_run = tl.arange(0, 32 // FIELD // RUN), tl.arange(0, 32 // RUN)
+    shift = _as_loaded(16 * (run % PER_ROW) + FIELD * (run // PER_ROW), ptr, K).to(tl.int32)
+    rotation = _as_loaded((16 * (high_run % PER_ROW) + high_run // PER_ROW + 30) % 32, ptr, K).to(tl.int32)
     word = _as_loaded(32 * tl.arange(0, 2), ptr, K).to(tl.int64)
     second = tl.arange(0, 2)
     mask = _as_loaded(((1 << BITS) - 1) << 8 * second, ptr, K)
@@ -69,27 +70,57 @@ def _words(
 
 
 @triton.jit
-def packed_pairs(
+def packed_words(
     qweight_ptr, panel, rows_left, k, K, tables,
     BITS: tl.constexpr, PER: tl.constexpr, PER_HIGH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Codes from k on, a multiple of 32, two in an int32 [BLOCK_N, BLOCK_K / 2]: from bits 0 and 8 on; what else is in it is undefined."""
+    """The words of codes from k on, a multiple of 32: [BLOCK_N, BLOCK_K * BITS / 32]; of 3 bits those of the low two, and those of the high bit."""
     ptr = qweight_ptr + k // 32 * (BITS * 16)
     CHUNKS: tl.constexpr = BLOCK_K // 32
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
     panels_left, chunks_left = rows_left // 16, tl.cdiv(K, 32) - k // 32
+    low = _words(ptr, panel, panels_left, chunks_left, tables[2], 0, LOW, BITS, PER, BLOCK_N, CHUNKS, EVEN_N, EVEN_K)
+    high = low
     if BITS == 3:
-        low = _words(ptr, panel, panels_left, chunks_left, tables[2], 0, 2, BITS, PER, BLOCK_N, CHUNKS, EVEN_N, EVEN_K)
         high = _words(ptr, panel, panels_left, chunks_left, tables[2], 2, 1, BITS, PER_HIGH, BLOCK_N, CHUNKS, EVEN_N, EVEN_K)
-        low = tl.reshape(low[:, :, None] >> tables[0][None, None, :], [BLOCK_N, BLOCK_K // 2])
+    return low, high
+
+
+@triton.jit
+def _moved(words, tables, BITS: tl.constexpr, LOW_MASK: tl.constexpr):
+    """The codes of `packed_words` in runs [N, K / RUN], a run from bit 0 on: of 3 bits what LOW_MASK has is the low two, all else is rotated for the third."""
+    low, high = words
+    low = tl.reshape(low[:, :, None] >> tables[0][None, None, :], [low.shape[0], low.shape[1] * tables[0].shape[0]])
+    if BITS == 3:
         # Rotated, as the high bit may lie below the third of the code, where it goes.
         high, right = high.to(tl.uint32, bitcast=True)[:, :, None], tables[1].to(tl.uint32, bitcast=True)[None, None, :]
         rotated = (high >> (right & 31)) | (high << ((0 - right) & 31))
-        high = tl.reshape(rotated.to(tl.int32, bitcast=True), [BLOCK_N, BLOCK_K // 2])
-        return (low & 0x303) | (high & ~0x303)
+        low = (low & LOW_MASK) | (tl.reshape(rotated.to(tl.int32, bitcast=True), low.shape) & ~LOW_MASK)
+    return low
+
+
+@triton.jit
+def pairs_of(words, tables, BITS: tl.constexpr):
+    """The codes of `packed_words`, two in an int32 [N, K / 2]: from bits 0 and 8 on; what else is in it is undefined."""
+    return _moved(words, tables, BITS, 0x303)
+
+
+@triton.jit
+def int8_of(words, zeros, tables, BITS: tl.constexpr):
+    """code - zero as int8 [N, K] of `packed_words`; of 8 bits always code - 128, as code - zero needs 9.
+
+    Four codes at a time, one in each byte as they come; a difference doesn't borrow from its neighbour, as the high bits are set before and taken away after.
+    """
+    HIGH_BITS: tl.constexpr = -0x7F7F7F80
+    if BITS == 8:
+        codes = words[0] ^ HIGH_BITS
     else:
-        words = _words(ptr, panel, panels_left, chunks_left, tables[2], 0, BITS, BITS, PER, BLOCK_N, CHUNKS, EVEN_N, EVEN_K)
-        return tl.reshape(words[:, :, None] >> tables[0][None, None, :], [BLOCK_N, BLOCK_K // 2])
+        codes = _moved(words, tables, BITS, 0x03030303) & ((1 << BITS) - 1) * 0x01010101
+        zero = 1 << (BITS - 1) if zeros is None else zeros & ((1 << BITS) - 1)
+        codes = ((codes | HIGH_BITS) - zero * 0x01010101) ^ HIGH_BITS
+    codes = tl.join(tl.join(codes, codes >> 16), tl.join(codes >> 8, codes >> 24)).to(tl.int8)
+    return tl.reshape(codes, [codes.shape[0], 4 * codes.shape[1]])
 
 
 @triton.jit
@@ -129,17 +160,6 @@ def as_columns(rows):
     K: tl.constexpr = rows.shape[0]
     blocks = tl.reshape(rows, [2, K // 32, 2, 8, rows.shape[1]])
     return tl.reshape(tl.permute(blocks, (1, 0, 3, 2, 4)), [K, rows.shape[1]])
-
-
-@triton.jit
-def int8_of(pairs, zeros, BITS: tl.constexpr):
-    """code - zero as int8; of 8 bits always code - 128, as code - zero needs 9."""
-    MASK: tl.constexpr = (1 << BITS) - 1
-    codes = tl.reshape(tl.join(pairs, pairs >> 8), [pairs.shape[0], 2 * pairs.shape[1]])
-    if zeros is None or BITS == 8:
-        return ((codes & MASK) - (1 << (BITS - 1))).to(tl.int8)
-    else:
-        return ((codes & MASK) - (zeros & MASK)).to(tl.int8)
 
 
 @triton.jit
