@@ -106,12 +106,14 @@ def test_simulator_everything(shape, config, scale_dtype, bits, zeros, capabilit
 
 @pytest.mark.ptx
 @each_check
+@each_capability
 @each_bits
-def test_memory_is_read_in_whole_sectors_and_without_conflicts(bits, check):
-    capability = CAPABILITIES[(packing.BITS.index(bits) + CHECKS.index(check)) % 2]
-    backward = DEQUANT_GEMM_GPU["sm_80"].gradients(bits, 4)[0]
-    config = backward if check is check_backward else DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=2)
-    reports = check((128, 128, 256, 64), bits, True, torch.float16, config, torch.float16, simulated(capability, OUTPUTS))
+def test_memory_is_read_in_whole_sectors_and_without_conflicts(bits, capability, check):
+    """In the launches that run untuned: two tiles along the sum, as many groups in one as there may be."""
+    lists = DEQUANT_GEMM_GPU[f"sm_{capability}"]
+    config = {check_forward: lists.products(bits, 4), check_backward: lists.gradients(bits, 4), check_int8: lists.int8}[check][0]
+    shape = (config.block_m, 2 * config.block_n, config.block_k, 32) if check is check_backward else (config.block_m, config.block_n, 256, 64)
+    reports = check(shape, bits, True, torch.float16, config, torch.float16, simulated(capability, OUTPUTS))
     assert_coalesced(reports)
     copied = [row for report in reports for row in report.access_table() if row[1].startswith("cp.async")]
     assert copied, "x and the words are copied asynchronously"

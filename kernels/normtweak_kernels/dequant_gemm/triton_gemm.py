@@ -27,6 +27,23 @@ def _tile(m_blocks, n_blocks, GROUP_M: tl.constexpr):
     return first + inside % rows, inside // rows
 
 
+@triton.jit
+def _add_remainder(
+    acc, x_sums_ptrs, mask_m, scales_ptr, zeros_ptr, qweight_ptr, n, pid_k, M, N, K,
+    SCALE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """acc + what products with code - 128 lack (int8_of): (128 - zero) times a group's sum of x. The parts of K take turns."""
+    for group in range(pid_k, tl.cdiv(K, GROUP_SIZE) if GROUP_SIZE > 0 else 1, SPLIT_K):
+        x_sum = tl.load(x_sums_ptrs + tl.cast(group, tl.int64) * M, mask=mask_m, other=0)[None, :]
+        rest = 128 - (parameters_of(zeros_ptr, group * GROUP_SIZE, n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, BLOCK_K) & 255)
+        if GROUP_SIZE > 0:
+            scales = parameters_of(scales_ptr, group * GROUP_SIZE, n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, BLOCK_K)
+            acc += rest.to(tl.float32) * scales.to(tl.float32) * x_sum.to(tl.float32)
+        else:
+            acc += rest * x_sum
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def dequant_gemm_fwd_kernel(
     x_ptr, qweight_ptr, scales_ptr, zeros_ptr, bias_ptr, x_scale_ptr, x_sums_ptr, y_ptr, M, N, K,
@@ -35,7 +52,8 @@ def dequant_gemm_fwd_kernel(
 ):  # fmt: skip
     """y [M, N] = x @ dequant(W)^T + bias, or with SPLIT_K > 1 its partial sums [SPLIT_K, M, N] without bias.
 
-    GROUP_SIZE 0: a scale per channel. x int8: x_scale [M] is its rows' scale, x_sums [G, M] the sums of its groups, for weights of 8 bits with zeros. EVEN_K: BLOCK_K divides K.
+    GROUP_SIZE 0: a scale per channel. x int8: x_scale [M] is its rows' scale; x_sums [G, M], given for weights of 8 bits with zeros, are the sums over
+    its groups. EVEN_K: BLOCK_K divides K.
     """
     pid_m, pid_n = _tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     pid_k = tl.program_id(1)
@@ -85,6 +103,7 @@ def dequant_gemm_fwd_kernel(
                 w = tl.reshape(weights_of(pairs, zeros, scales if SCALE_WEIGHTS else None, tables, BITS, dtype), [BLOCK_N, HALF])
             if SCALE_PRODUCTS:
                 if INTEGER:
+                    tl.static_assert(HALF <= 256)
                     # Integers below 2^22, made float32 as bits of a mantissa: conversions run at a quarter of the rate or less.
                     product = tl.dot(w, x, tl.full([BLOCK_N, BLOCK_M], 0x4B400000, tl.int32), out_dtype=tl.int32)
                     product = product.to(tl.float32, bitcast=True) - 12582912.0
@@ -95,15 +114,10 @@ def dequant_gemm_fwd_kernel(
                 acc = tl.dot(w, x, acc, out_dtype=tl.int32 if INTEGER else tl.float32)
 
     if x_sums_ptr is not None:
-        # The products have code - 128 (int8_of); the rest is (128 - zero) times a group's sum of x. The parts of K take turns.
-        for group in range(pid_k, tl.cdiv(K, GROUP_SIZE) if GROUP_SIZE > 0 else 1, SPLIT_K):
-            x_sum = tl.load(x_sums_ptr + tl.cast(group, tl.int64) * M + pid_m * BLOCK_M + offs_m, mask=mask_m, other=0)[None, :]
-            if GROUP_SIZE > 0:
-                scales = parameters_of(scales_ptr, group * GROUP_SIZE, first_n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF)
-                zeros = parameters_of(zeros_ptr, group * GROUP_SIZE, first_n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, HALF)
-                acc += (128 - (zeros & 255)).to(tl.float32) * scales.to(tl.float32) * x_sum.to(tl.float32)
-            else:
-                acc += (128 - (channel_zeros & 255)) * x_sum
+        x_sums_ptrs = x_sums_ptr + pid_m * BLOCK_M + offs_m
+        acc = _add_remainder(
+            acc, x_sums_ptrs, mask_m, scales_ptr, zeros_ptr, qweight_ptr, first_n, pid_k, M, N, K, SCALE_BITS, GROUP_SIZE, BLOCK_N, HALF, SPLIT_K
+        )
 
     y = acc.to(tl.float32)
     if GROUP_SIZE == 0:
