@@ -85,8 +85,8 @@ def dequant_gemm_fwd_kernel(
             mask_x = mask_m[None, :]
             if not EVEN_K:
                 mask_x = mask_x & (k + tl.arange(0, HALF) < K)[:, None]
-            x = tl.load(x_ptr + k + offs_x, mask=mask_x, other=0)
             words = packed_words(qweight_ptr, panel, rows_left, k, K, tables, BITS, PER, PER_HIGH, BLOCK_N, HALF, False, EVEN_K)
+            x = tl.load(x_ptr + k + offs_x, mask=mask_x, other=0)
             # Loaded once a step where both halves lie in one group.
             if GROUP_SIZE > 0 and (half == 0 or GROUP_SIZE % BLOCK_K != 0):
                 scales = parameters_of(scales_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF, False, EVEN_K)
