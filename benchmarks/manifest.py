@@ -96,7 +96,7 @@ def products(target: str) -> Iterator[Entry]:
     if lists.gemv_max_rows > 1:
         yield from (gemv(target, lists.gemv[0], weight, lists.gemv_max_rows) for weight in WEIGHTS[:3])
     firsts = [
-        (regime, [config], [weight for weight in WEIGHTS if first.get((weight[0], weight[1] > 0)) == config], 6)
+        (regime, [config], [weight for weight in WEIGHTS if first.get((weight[0], weight[1] > 0)) == config], 9)
         for regime, first in (("many rows", lists.many_rows_first), ("backward", lists.backward_first))
         for config in dict.fromkeys(first.values())
     ]

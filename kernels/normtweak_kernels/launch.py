@@ -168,9 +168,7 @@ _BACKWARD = (DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num
 # without cutting words apart; with groups two stages of them spill.
 _BACKWARD_WIDE = DequantGemmGpu(block_m=64, block_n=64, block_k=256, num_warps=8, num_stages=2)
 _BACKWARD_3_BITS = replace(_BACKWARD_WIDE, block_n=128)
-# 64 words of 8 bits in a row of the tile would be copied across rows, half a sector at a time.
-_BACKWARD_8_BITS = replace(_BACKWARD_WIDE, block_k=128, num_warps=4)
-_BACKWARD_FIRST = {(bits, grouped): _BACKWARD_8_BITS if bits == 8 else _BACKWARD_WIDE for bits in (2, 4, 8) for grouped in (False, True)} | {
+_BACKWARD_FIRST = {(bits, grouped): _BACKWARD_WIDE for bits in (2, 4, 8) for grouped in (False, True)} | {
     (3, False): _BACKWARD_3_BITS,
     (3, True): replace(_BACKWARD_3_BITS, num_stages=3),
 }
