@@ -228,6 +228,7 @@ DEQUANT_GEMM_GPU = {
         multiprocessors=304,
         gemv_max_rows=1,
         gemv=tuple(DequantGemvGpu(num_warps=warps, chunks=2) for warps in (4, 2, 8)),
+        few_rows=tuple(replace(config, num_stages=3) for config in _FEW_ROWS),
         many_rows=(
             DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=2),
             DequantGemmGpu(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=2),
