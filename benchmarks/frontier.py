@@ -24,7 +24,7 @@ from normtweak import QuantizeConfig, models
 from normtweak.activations import CPU, compute_dtype
 from normtweak.config import CalibrationConfig
 from normtweak.evaluate import PYTHON_DOCS, read_text, score, text_windows
-from normtweak.pipeline import calibration_text
+from normtweak.pipeline import calibration_text, extra_samples
 from normtweak.progress import Silent
 
 CELLS: dict[str, dict[str, Any]] = {
@@ -65,11 +65,6 @@ def recipe_of(cell: str, recipe: str, seed: int) -> QuantizeConfig:
     return QuantizeConfig.preset(seed=seed, **CELLS[cell], **RECIPES[recipe])
 
 
-def extra_samples(config: QuantizeConfig) -> int:
-    """Sequences that a recipe's polish is given beside the others."""
-    return config.polish.extra_samples if config.polish else 0
-
-
 def rows_of(
     cell: str, seed: int, recipes: list[str], folder: models.ModelFolder, tokens: Tensor, extra: Tensor, windows: dict[str, Tensor], keep: Path
 ):
@@ -79,7 +74,7 @@ def rows_of(
     for recipe in ["gptq", *(name for name in recipes if name != "gptq")]:
         out = keep / f"{cell}-{recipe.replace(', ', '-').replace(' ', '-')}-{seed}"
         config = recipe_of(cell, recipe, seed)
-        further = extra[: extra_samples(config)]
+        further = extra[: extra_samples(config.polish)]
         began = time.process_time()
         normtweak.quantize(folder.path, out=out, config=config, tokens=tokens, extra_tokens=further if len(further) else None)
         seconds = time.process_time() - began
@@ -115,7 +110,7 @@ def main() -> None:
         keep = options.keep or Path(scratch)
         keep.mkdir(parents=True, exist_ok=True)
         for seed in options.seeds:
-            most = max(extra_samples(recipe_of(cell, recipe, seed)) for cell in options.cells for recipe in options.recipes)
+            most = max(extra_samples(recipe_of(cell, recipe, seed).polish) for cell in options.cells for recipe in options.recipes)
             config = CalibrationConfig(samples=options.samples + most, length=options.length)
             text = load_file(options.tokens.format(seed=seed))["tokens"] if options.tokens else generated(folder, config, seed)
             tokens, extra = text[: options.samples], text[options.samples :]

@@ -23,8 +23,7 @@ class BlockReader:
     def __init__(self, folder: ModelFolder, device: torch.device = CPU) -> None:
         self.folder, self.device = folder, device
         self.model = folder.skeleton()
-        if device.type == "cpu":
-            use_blockwise(self.model)
+        use_blockwise(self.model, device)
         self.path = models.present_blocks(self.model)
         self.modules: nn.ModuleList = self.model.get_submodule(self.path)
         self.blocks = len(self.modules)

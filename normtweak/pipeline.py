@@ -83,7 +83,7 @@ def quantize(
         plan = _Plan(folder, config, device_of(device))
         plan.check_disk(out)
         quantizers.find(config.method).check()
-        sequences = wanted_sequences(config) if tokens is None else len(tokens) + (0 if extra_tokens is None else len(extra_tokens))
+        sequences = wanted_sequences(config, tokens, extra_tokens)
         enough = config.polish is None or sequences > 1
         require(enough, "quantize", "polish", "given two sequences or more, as one is held out", sequences)
         report = Report(out, seconds=stages.seconds)
@@ -263,14 +263,21 @@ def calibration_text(folder: ModelFolder, config: QuantizeConfig | RetweakConfig
     return calibration.prepare(replace(config.calibration, samples=wanted_sequences(config)), author, config.seed)
 
 
-def wanted_sequences(config: QuantizeConfig | RetweakConfig) -> int:
-    """How many the calibration text has, the polish's extra ones among them."""
-    return config.calibration.samples + (config.polish.extra_samples if config.polish else 0)
+def wanted_sequences(config: QuantizeConfig | RetweakConfig, tokens: Tensor | None = None, extra: Tensor | None = None) -> int:
+    """How many the calibration text has, the polish's extra ones among them; a user's own tokens count in its stead."""
+    if tokens is not None:
+        return len(tokens) + (0 if extra is None else len(extra))
+    return config.calibration.samples + extra_samples(config.polish)
+
+
+def extra_samples(polish: PolishConfig | None) -> int:
+    """How many of them are for the polish alone."""
+    return polish.extra_samples if polish else 0
 
 
 def split_extra(tokens: Tensor, config: PolishConfig | None) -> tuple[Tensor, Tensor | None]:
     """The sequences that all look at, and those that the polish alone does."""
-    extra = config.extra_samples if config else 0
+    extra = extra_samples(config)
     return (tokens[:-extra], tokens[-extra:]) if extra else (tokens, None)
 
 
@@ -294,12 +301,13 @@ def _run_blocks(
         with plan.entrance() as calls:
             hidden = embed_all(calls, joined(tokens, extra_tokens), size, also=range(1, max(size, tweaked) + 1))
         stream = Stream(hidden[: len(tokens)], calls, size, plan.precision, plan.device)
-        extra = stream.moved(hidden[len(tokens) :])
+        if config.polish and extra_tokens is not None:
+            extra = stream.moved(hidden[len(tokens) :])
 
     def open_block(index: int) -> nn.Module:
         nonlocal extra
         block = plan.open_block(index)
-        if extra is not None and len(extra.hidden):
+        if extra is not None:
             extra = extra.moved(extra.through(block, index))
         return block
 
@@ -319,9 +327,9 @@ def _run_blocks(
         block.to("meta")
 
     reports, stream, float_stream = quantize_blocks(plan.path, plan.blocks, open_block, close_block, stream, config, progress, plan.family)
-    if float_stream is None or extra is None:
+    if float_stream is None:
         return reports, stream, None
-    return reports, stream, joined(float_stream.hidden, extra.hidden)
+    return reports, stream, joined(float_stream.hidden, None if extra is None else extra.hidden)
 
 
 def _quantize_head(plan: _Plan, tokens: Tensor | None, stream: Stream | None, progress: Progress) -> dict[str, Tensor]:

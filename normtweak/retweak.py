@@ -63,7 +63,7 @@ def tweak(
         exact = BlockReader(ModelFolder(models.resolve(float_model)), place)
         _check_pair(packed, exact)
         config = config or preset_for(quantized)
-        sequences = wanted_sequences(config) if tokens is None else len(tokens) + (0 if extra_tokens is None else len(extra_tokens))
+        sequences = wanted_sequences(config, tokens, extra_tokens)
         require(config.polish is None or sequences > 1, "tweak", "polish", "given two sequences or more, as one is held out", sequences)
         if tokens is not None:
             exact.check_tokens("tweak", tokens, extra_tokens)

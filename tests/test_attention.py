@@ -61,7 +61,7 @@ def test_blockwise_attention_is_the_models_own(tmp_path, monkeypatch, model_type
     for _ in range(2):
         loss = model(tokens).logits.square().mean()
         found.append((loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.dim() == 1], allow_unused=True)))
-        attention.use_blockwise(model)
+        attention.use_blockwise(model, model.device)
     # Gemma 2 has eager attention for its soft caps, Bloom and Falcon have code of their own
     assert model.config._attn_implementation == {"gemma2": "eager", "bloom": "eager", "falcon": "sdpa"}.get(model_type, "normtweak_blockwise")
     for own, expected in zip(*found, strict=True):

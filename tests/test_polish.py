@@ -10,7 +10,7 @@ from normtweak import QuantizeConfig, models, pipeline
 from normtweak.activations import BlockCalls
 from normtweak.config import CalibrationConfig, PolishConfig
 from normtweak.norms import norm_parameters
-from normtweak.polish import POLISH_RATES, _Divergence, _Objective, polish
+from normtweak.polish import _TOGETHER, POLISH_RATES, _Divergence, _Objective, polish
 from normtweak.progress import Silent
 from small_models import make_model, tensors_of
 
@@ -75,7 +75,10 @@ def test_what_follows_the_blocks_is_the_float_models(tmp_path):
         torch.testing.assert_close(calls.logits(tokens, hidden, start), logits)
 
 
-def test_gradients_are_those_of_the_plain_computation(small_model):
+@pytest.mark.parametrize(("bytes_kept", "again"), [(0, 2), (1, 1), (2**30, 0)])
+def test_gradients_are_those_of_the_plain_computation(small_model, monkeypatch, bytes_kept, again):
+    """Whatever is kept for the backward pass; the blocks behind it are computed twice."""
+    monkeypatch.setattr("normtweak.polish.KEPT", bytes_kept)
     tokens = torch.randint(2, 90, (2, 12))
     hidden, exact = last_hidden(small_model, tokens)
     model = models.load(small_model)
@@ -88,7 +91,13 @@ def test_gradients_are_those_of_the_plain_computation(small_model):
         for parameter in own:
             parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     objective = _Objective(model, blocks, tokens, hidden, start, torch.float32)
+    runs = []
+    handles = [block.mlp.register_forward_pre_hook(lambda *_: runs.append(1)) for block in blocks]
     found = torch.autograd.grad(objective(torch.arange(2)), own)
+    assert len(blocks) == 2
+    assert len(runs) == 2 + again
+    for handle in handles:
+        handle.remove()
     log_p, log_q = exact.log_softmax(-1), model(input_ids=tokens).logits.log_softmax(-1)
     plain = torch.autograd.grad((log_p.exp() * (log_p - log_q)).sum(-1).mean(), own)
     for one, other in zip(found, plain, strict=True):
@@ -133,7 +142,8 @@ def test_no_gradient_is_computed_where_none_is_wanted():
         torch.testing.assert_close(_Divergence.apply(logits.detach(), logits), torch.tensor(0.0))
 
 
-def test_divergence_and_its_gradient_are_the_formulas():
+def test_divergence_and_its_gradient_are_the_formulas(monkeypatch):
+    monkeypatch.setitem(_TOGETHER, False, 5 * 70 + 1)  # 33 tokens, 5 at a time
     generator = torch.Generator().manual_seed(0)
     target = 5 * torch.randn(3, 11, 70, generator=generator)
     # near to it, far from it, and so far that the likeliest token's probability is no float32
