@@ -207,8 +207,15 @@ DEQUANT_GEMM_GPU = {
         backward=(DequantGemmGpu(block_m=256, block_n=64, block_k=128, num_warps=8, num_stages=3), *_BACKWARD),
         backward_first={},
     ),
-    # B200: its memory is 2.4 times as fast as H100's, its float32 units are not. Two rows of sums spill.
-    "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=1, backward=_BACKWARD_TWO_STAGES),
+    # B200: its memory is 2.4 times as fast as H100's, its float32 units are not. Two rows of sums spill. Products keep sums in a memory of their own: four
+    # warps have the registers for a tile, of eight those of 3 bits in groups spill.
+    "sm_100": replace(
+        _SM_80,
+        multiprocessors=148,
+        gemv_max_rows=1,
+        many_rows=(replace(_MANY_ROWS[0], num_warps=4), _MANY_ROWS[1]),
+        backward=_BACKWARD_TWO_STAGES,
+    ),
     # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth. Its tensor cores are slow beside its other units: small tiles are enough for
     # them, and larger ones spill with 3 bits in groups.
     "sm_120": replace(
