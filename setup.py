@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -46,6 +47,7 @@ class NinjaBuildExt(build_ext):
             import pybind11
 
             ext.include_dirs = [*ext.include_dirs, pybind11.get_include()]
+            self.link_by_the_compiler()
             if shutil.which("ninja") and self.compiler.compiler_type == "unix":
                 self.build_with_ninja(ext)
             else:
@@ -58,6 +60,12 @@ class NinjaBuildExt(build_ext):
             outcome = "NORMTWEAK_REQUIRE_NATIVE=1 makes this an error" if REQUIRED else "the package will run its torch reference, slower"
             print(f"normtweak: the native kernels were not built ({reason}); {outcome}", file=sys.stderr)
             raise CompileError(reason) from error
+
+    def link_by_the_compiler(self):
+        """CXX links too: setuptools links by the interpreter's own compiler, which may be missing, or know another OpenMP than CXX's objects want."""
+        own, linker = shlex.split(sysconfig.get_config_var("CXX") or ""), getattr(self.compiler, "linker_so_cxx", [])
+        if own and linker[: len(own)] == own and "LDCXXSHARED" not in os.environ:
+            self.compiler.linker_so_cxx = [*self.compiler.linker_exe_cxx, *linker[len(own) :]]
 
     def build_with_ninja(self, ext):
         root, build = Path(__file__).parent.resolve(), Path(self.build_temp).resolve()

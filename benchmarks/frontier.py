@@ -24,8 +24,8 @@ from normtweak import QuantizeConfig, models
 from normtweak.activations import CPU, compute_dtype
 from normtweak.config import CalibrationConfig
 from normtweak.evaluate import PYTHON_DOCS, read_text, score, text_windows
-from normtweak.pipeline import calibration_text, extra_samples
 from normtweak.progress import Silent
+from normtweak.sequences import calibration_text, extra_samples
 
 CELLS: dict[str, dict[str, Any]] = {
     "w4": {"bits": 4},

@@ -3,7 +3,7 @@
 from typing import Any
 
 from . import integrations
-from .config import CalibrationConfig, ModuleOverride, QuantizeConfig, RetweakConfig, TweakConfig
+from .config import CalibrationConfig, ModuleOverride, PolishConfig, QuantizeConfig, RetweakConfig, TweakConfig
 from .convert import convert
 from .linear import PackedLinear
 from .models import load, load_tokenizer
@@ -15,6 +15,7 @@ __all__ = [
     "ModuleOverride",
     "NormTweakConfig",
     "PackedLinear",
+    "PolishConfig",
     "QuantizeConfig",
     "Report",
     "RetweakConfig",

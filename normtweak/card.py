@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import models
-from .checkpoint import RECIPE, stored_activations, write_json, write_text
+from .checkpoint import RECIPE, read_recipe, stored_activations, write_json, write_text
 from .config import require
 
 FILE = "README.md"
@@ -43,7 +43,7 @@ def render(recipe: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
 def add_scores(folder: Path, scores: Mapping[str, Any], against: str | None) -> None:
     """Note an evaluation's scores, by text, in a folder's normtweak.json and card. Raises ValueError for a folder that normtweak didn't write."""
     check_has_card(folder)
-    recipe: dict[str, Any] = models.recipe(folder) or {}
+    recipe: dict[str, Any] = read_recipe(folder) or {}
     name = None if against is None else _name(against)
     recipe["scores"] = recipe.get("scores", {}) | {os.path.basename(text): {**score, "against": name} for text, score in scores.items()}
     quantization = json.loads((folder / "config.json").read_text(encoding="utf8"))["quantization_config"]
@@ -87,28 +87,41 @@ def _made(recipe: Mapping[str, Any]) -> list[str]:
         return []
     lines = ["", "## How it was made", ""]
     if config := recipe.get("config"):
-        lines += [f"- codes: {config['method'].upper()}" + _calibrated(config)]
-        lines += _norms(config)
+        looked = config["method"] != "rtn"
+        lines += [
+            f"- codes: {config['method'].upper()}" + (_calibrated(recipe) if looked else ""),
+            *_norms(recipe, "" if looked else _calibrated(recipe)),
+        ]
     if again := recipe.get("retweak"):
-        lines += ["- norms alone tweaked afterwards (`normtweak tweak`)" + _calibrated(again["config"]), *_norms(again["config"])]
+        lines += ["- norms alone tweaked afterwards (`normtweak tweak`)" + _calibrated(again), *_norms(again)]
     sizes = recipe.get("sizes")
     lines += [f"- weights: {sizes['packed'] / 1e6:.1f} MB, {sizes['float'] / 1e6:.1f} MB in 16 bits"] if sizes else []
     packages = recipe.get("packages") or {}
     return [*lines, "- packages: " + ", ".join(f"{name} {number}" for name, number in packages.items())] if packages else lines
 
 
-def _calibrated(config: Mapping[str, Any]) -> str:
+def _calibrated(run: Mapping[str, Any]) -> str:
+    """On what text. run: a recipe, or its part of a later tweak."""
+    config = run["config"]
     text = config["calibration"]
+    if run.get("calibration") is None and (given := run.get("calibration_tokens")):
+        return f", from {given} given tokens, seed {config['seed']}"
     source = text["source"] if text["source"] in ("generated", "random") else "given"
     return f", from {text['samples']} x {text['length']} tokens of {source} text, seed {config['seed']}"
 
 
-def _norms(config: Mapping[str, Any]) -> list[str]:
+def _norms(run: Mapping[str, Any], calibrated: str = "") -> list[str]:
+    """What became of the norms. run: as in `_calibrated`."""
     lines = []
+    config, polish, blocks = run["config"], run.get("polish") or {}, run.get("blocks") or []
     if tweak := config.get("tweak"):
-        lines.append(f"- norm tweaking (arXiv 2309.02784) block by block: loss {tweak['loss']}, learning rate {tweak['learning_rate'] or 'searched'}")
+        kept = sum(bool(block["rate"]) for block in blocks)
+        fate = "undone, as the polish found" if polish.get("undone") else f"kept in {kept} of {len(blocks)} blocks"
+        rate = tweak["learning_rate"] or "searched"
+        lines.append(f"- norm tweaking (arXiv 2309.02784) block by block: loss {tweak['loss']}, learning rate {rate}{calibrated}; {fate}")
     if config.get("polish"):
-        lines.append("- all norms polished together against the float model's next-token distribution")
+        fate = "" if polish.get("accepted") else "; not kept"
+        lines.append(f"- all norms polished together against the float model's next-token distribution{calibrated}{fate}")
     return lines
 
 

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import check_out_folder, require
+from .config import require
 from .files import beside, sync
+from .linear import PackedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,12 @@ class WeightFiles:
         index = self.folder / INDEX
         if index.is_file():
             try:
-                return sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
+                files = set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"checkpoint: {index} must be JSON with a weight_map, got {type(error).__name__}: {error}") from error
+            named = bool(files) and all(isinstance(file, str) for file in files)
+            require(named, "checkpoint", str(index), "JSON with a weight_map of tensors to files", f"{next(iter(files), 'an empty one')}")
+            return sorted(files)
         names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         others = sorted(path.name for path in self.folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
         hint = f" (found {others[0]}; name a GGUF file as FOLDER:FILE.gguf, convert pickled weights to safetensors)" if others else ""
@@ -111,17 +115,22 @@ class WeightFiles:
         return next((candidate for candidate in candidates if candidate in self._where), None)
 
     def fill(self, module: nn.Module, prefix: str = "", *, skip: tuple[str, ...] = ()) -> None:
-        """Give the parameters and stored buffers of `module` that are still on the meta device their values.
+        """Give the parameters of `module` that are still on the meta device, and the buffers that the checkpoint has, their values.
 
-        prefix: the module's path in the model. skip: parameters, or modules (with a dot at the end), that are left alone.
+        prefix: the module's path in the model. skip: parameters, or modules (with a dot at the end), that are left alone; packed linears are.
         Raises ValueError for a parameter that the checkpoint lacks or holds in another shape.
         """
         values: dict[str, Tensor] = {}
+        packed = tuple(f"{prefix}{path}." for path, inner in module.named_modules() if isinstance(inner, PackedLinear))
+        # made with the module, so never on the meta device: a router's correction, say, which is 0 before training
+        buffers = {name for name, _ in module.named_buffers()}
         for name, tensor in module.state_dict().items():
             full = prefix + name
-            if not tensor.is_meta or full.startswith(skip):
+            if full.startswith(skip) or full.startswith(packed) or not (tensor.is_meta or name in buffers):
                 continue
             stored = self.find(full)
+            if stored is None and name in buffers and not tensor.is_meta:
+                continue
             require(stored is not None, "checkpoint", str(self.folder), f"a checkpoint with the parameter {full}", "none of that name")
             assert stored is not None
             require(self.shape(stored) == tuple(tensor.shape), "checkpoint", stored, f"of shape {tuple(tensor.shape)}", self.shape(stored))
@@ -147,10 +156,28 @@ def other_files(folder: Path) -> list[Path]:
     return [p for p in paths if p.suffix not in _WEIGHTS and not p.name.endswith(".index.json") and not p.parts[0].startswith(".")]
 
 
+def check_out_folder(out: Path) -> None:
+    """Raise ValueError unless `out` is free: missing, or an empty folder, under a parent that exists."""
+    free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    require(free, "checkpoint", "out", "a new or empty folder", f"{out}, which holds something")
+    out = out.resolve()
+    require(out.parent.is_dir(), "checkpoint", "out", "in a folder that exists", out)
+    # the finished folder is renamed to its place, which no mount point can be
+    require(not os.path.ismount(out), "checkpoint", "out", "a folder inside a mounted one", f"{out}, which is a mount point")
+
+
 def check_disk(where: str, out: Path, size: int) -> None:
     """Raise ValueError when a folder of `size` bytes won't fit on its disk."""
     needed, free = size + 64 * 2**20, shutil.disk_usage(out.absolute().parent).free
     require(free >= needed, where, "out", f"on a disk with {needed / 2**20:.0f} MiB free", f"{free / 2**20:.0f} MiB free")
+
+
+def save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises OSError where the system refuses, as any other writing does: for a full disk, say."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 class CheckpointWriter:
@@ -173,7 +200,7 @@ class CheckpointWriter:
             self.partial.mkdir(exist_ok=True)
             self._lock = os.open(self.partial, os.O_RDONLY)
         except OSError as error:
-            raise ValueError(f"quantize: out must be in a folder that can be written, got {self.out} ({error.strerror})") from error
+            raise ValueError(f"checkpoint: out must be in a folder that can be written, got {self.out} ({error.strerror})") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # a run that ended between the two lines above took the folder that is locked here away with it
@@ -181,7 +208,7 @@ class CheckpointWriter:
                 raise BlockingIOError
         except BlockingIOError:
             os.close(self._lock)
-            raise ValueError(f"quantize: out must be a folder that no other run is writing, got {self.out}") from None
+            raise ValueError(f"checkpoint: out must be a folder that no other run is writing, got {self.out}") from None
         leftovers = list(self.partial.iterdir())
         if leftovers:
             logger.warning("removing %d files that an interrupted run left in %s", len(leftovers), self.partial)
@@ -201,7 +228,7 @@ class CheckpointWriter:
         name = f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
         whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         with beside(self.partial / name) as path:
-            save_file(whole, path, metadata={"format": "pt"})
+            save(whole, path)
         self._weight_map |= dict.fromkeys(whole, name)
         self._bytes += sum(tensor.nbytes for tensor in whole.values())
 
@@ -244,8 +271,9 @@ class CheckpointWriter:
 
 
 def check_parent(file: Path) -> None:
-    """Raise ValueError unless the folder that a file goes to exists."""
+    """Raise ValueError unless a file can go to its place: in a folder that exists, and where no folder is."""
     require(file.absolute().parent.is_dir(), "checkpoint", str(file), "in a folder that exists", "none")
+    require(not file.is_dir(), "checkpoint", str(file), "a file", "a folder")
 
 
 def write_text(file: Path, text: str) -> None:
@@ -260,12 +288,31 @@ def write_json(file: Path, data: Any) -> None:
     write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """What normtweak noted when it wrote the folder, or None for another's. Raises ValueError for a file that is no JSON object."""
+    path = folder / RECIPE
+    if not path.is_file():
+        return None
+    try:
+        recipe = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {path} must be JSON, got {error}") from error
+    require(isinstance(recipe, dict), "checkpoint", str(path), "a JSON object", type(recipe).__name__)
+    return recipe
+
+
 def stored_activations(quantization: Mapping[str, Any] | None) -> str:
     """How a checkpoint's activations enter its packed products: what its `meta` says, which other readers pass over, or "auto"."""
-    return ((quantization or {}).get("meta") or {}).get("activations", "auto")
+    return _meta(quantization or {}).get("activations", "auto")
 
 
 def written_here(quantization: Mapping[str, Any]) -> bool:
     """Whether a checkpoint with this `quantization_config` was written by normtweak, as its `meta` says."""
-    writers = (quantization.get("meta") or {}).get("quantizer", [])
-    return any(str(name).startswith("normtweak:") for name in ([writers] if isinstance(writers, str) else writers))
+    writers = _meta(quantization).get("quantizer")
+    return any(str(name).startswith("normtweak:") for name in (writers if isinstance(writers, list) else [writers]))
+
+
+def _meta(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
+    # Other tools' checkpoints are asked too, by loaders that pass them on: whatever they keep there, it isn't ours.
+    meta = quantization.get("meta")
+    return meta if isinstance(meta, Mapping) else {}

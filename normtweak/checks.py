@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from typing import Any
 
@@ -16,6 +17,20 @@ def require(condition: bool, where: str, argument: str, wanted: str, got: object
 def one_of(where: str, argument: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise the house's ValueError unless `value` is among `choices`."""
     require(value in choices, where, argument, "one of " + ", ".join(map(str, choices)), value)
+
+
+def check_ids(where: str, largest: int, vocabulary: int) -> None:
+    """Raise the house's ValueError for a tokenizer with ids that the model has no embedding for: another model's, say."""
+    require(largest < vocabulary, where, "the tokenizer", f"the model's own, with ids below {vocabulary}", f"id {largest}")
+
+
+def check_pattern(where: str, argument: str, pattern: str) -> None:
+    """Raise the house's ValueError for a pattern that is no regular expression, or an empty one, which is found everywhere."""
+    require(bool(pattern), where, argument, "a regular expression", "an empty one")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}: {argument} must be a regular expression, got {pattern!r} ({error})") from None
 
 
 def from_dict(cls: Any, settings: Any) -> Any:

@@ -43,10 +43,13 @@ app.command()(paper)
 
 
 def main() -> None:
-    """Entry point: bad input is one line on stderr and exit code 2; Ctrl-C ends with typer's "Aborted" and exit code 130."""
+    """Entry point: bad input is one line on stderr and exit code 2, what the system refuses (a full disk, say) one line and 1; Ctrl-C ends with typer's "Aborted" and exit code 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_time=False, show_path=False)])
     try:
         app()
     except ValueError as error:
-        errors.print(f"normtweak: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.out(f"normtweak: {error}", style="red")
         sys.exit(2)
+    except OSError as error:
+        errors.out(f"normtweak: {error}", style="red")
+        sys.exit(1)

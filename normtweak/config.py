@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from .checks import from_dict, one_of, require
+from .checks import check_pattern, from_dict, one_of, require
 
 BITS = (2, 3, 4, 5, 8)
 METHODS = ("gptq", "rtn", "awq", "smoothquant", "autoround")
@@ -147,7 +145,7 @@ class ModuleOverride:
 
     def __post_init__(self) -> None:
         where = "ModuleOverride"
-        _check_pattern(where, "pattern", self.pattern)
+        check_pattern(where, "pattern", self.pattern)
         require(self.bits is not None or self.group_size is not None, where, "bits, group_size", "given, one of them at least", "neither")
         require(self.bits is None or self.bits in BITS, where, "bits", "one of " + ", ".join(map(str, BITS)), self.bits)
         _check_group_size(where, -1 if self.group_size is None else self.group_size)
@@ -164,14 +162,6 @@ class ModuleOverride:
         require(form is not None, "ModuleOverride", "text", "PATTERN=BITS or PATTERN=BITS:GROUP_SIZE", text)
         assert form is not None
         return cls(form["pattern"], int(form["bits"]), int(form["group_size"]) if form["group_size"] else None)
-
-
-def _check_pattern(where: str, argument: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{where}: {argument} must be a regular expression, got {pattern!r} ({error})") from None
-    require(bool(pattern), where, argument, "a regular expression", "an empty one")
 
 
 def _check_rate(where: str, rate: float | None) -> None:
@@ -258,7 +248,7 @@ class QuantizeConfig:
         one_of(where, "bits", self.bits, BITS)
         _check_group_size(where, self.group_size)
         for pattern in self.skip:
-            _check_pattern(where, "skip", pattern)
+            check_pattern(where, "skip", pattern)
         one_of(where, "method", self.method, METHODS)
         one_of(where, "rounding", self.rounding, ("nearest", "gptq"))
         chosen = self.method in ("awq", "smoothquant")
@@ -276,7 +266,7 @@ class QuantizeConfig:
         )
         require(0 <= self.correction <= 1, where, "correction", "0 to 1", self.correction)
         one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
-        require(self.seed >= 0, where, "seed", "0 or more", self.seed)
+        require(0 <= self.seed < 2**32, where, "seed", f"0 to {2**32 - 1}", self.seed)
 
     @classmethod
     def preset(cls, name: str = "default", **settings: Any) -> QuantizeConfig:
@@ -288,9 +278,10 @@ class QuantizeConfig:
         one_of("QuantizeConfig", "preset", name, tuple(TWEAK_PRESETS))
         bits, polish = settings.get("bits", cls.bits), settings.get("polish", {})
         if name == "default" and isinstance(polish, dict) and settings.get("tweak", {}) is not None:
-            settings["polish"] = dataclasses.asdict(_default_polish(bits, _samples(settings))) | polish
-            if bits in (4, 5, 8) and settings.get("method", cls.method) == "gptq":
-                # After GPTQ at 4 bits a block's tweak gains 0.3 % of its loss and nothing at the logits: the polish alone (docs/experiments.md).
+            settings["polish"] = _default_polish(bits, settings, polish)
+            same_text = bits == 2 and settings["polish"]["extra_samples"] == 0
+            if settings.get("method", cls.method) == "gptq" and not same_text:
+                # After GPTQ a block's tweak gains nothing that the polish alone doesn't, but at 2 bits where it has no text of its own (docs/experiments.md).
                 settings.setdefault("tweak", None)
         tweak = settings.get("tweak", {})
         if isinstance(tweak, dict):
@@ -357,7 +348,7 @@ class RetweakConfig:
         where = "RetweakConfig"
         require(self.tweak is not None or self.polish is not None, where, "tweak, polish", "given, one of them at least", "neither")
         one_of(where, "compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
-        require(self.seed >= 0, where, "seed", "0 or more", self.seed)
+        require(0 <= self.seed < 2**32, where, "seed", f"0 to {2**32 - 1}", self.seed)
 
     @classmethod
     def preset(cls, bits: int, /, **settings: Any) -> RetweakConfig:
@@ -367,7 +358,7 @@ class RetweakConfig:
             settings["tweak"] = dataclasses.asdict(_default_tweak(bits)) | tweak
         polish = settings.get("polish", {})
         if isinstance(polish, dict):
-            settings["polish"] = dataclasses.asdict(_default_polish(bits, _samples(settings))) | polish
+            settings["polish"] = _default_polish(bits, settings, polish)
         return from_dict(cls, settings)
 
 
@@ -376,9 +367,14 @@ def _default_tweak(bits: int) -> TweakConfig:
     return TweakConfig(learning_rate=2e-3 if bits == 2 else 3e-4)
 
 
-def _default_polish(bits: int, samples: int) -> PolishConfig:
-    # At 2 bits three times the text wins half as much again, at 3 bits hardly anything (docs/experiments.md).
-    return PolishConfig(learning_rate=1e-2, extra_samples=2 * samples) if bits == 2 else PolishConfig(learning_rate=5e-3)
+def _default_polish(bits: int, settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    own: dict[str, Any] = {"learning_rate": 1e-2 if bits == 2 else 5e-3}
+    if bits == 3:
+        own |= {"batch_size": 1}
+    elif bits == 2 and given.get("extra_samples") != 0:
+        # Five times the text wins twice as much, at 3 bits hardly more (docs/experiments.md); a twentieth of so much is enough to judge by.
+        own |= {"batch_size": 1, "held_out": 0.05, "extra_samples": 4 * _samples(settings)}
+    return dataclasses.asdict(PolishConfig()) | own | given
 
 
 def _samples(settings: dict[str, Any]) -> int:
@@ -404,14 +400,3 @@ def _paper_tweak(bits: int) -> TweakConfig:
 
 
 TWEAK_PRESETS = {"default": _default_tweak, "paper": _paper_tweak}
-
-
-def check_out_folder(out: Path) -> None:
-    """Raise ValueError unless `out` is free: missing, or an empty folder, under a parent that exists."""
-    require(
-        not out.exists() or (out.is_dir() and not any(out.iterdir())), "quantize", "out", "a new or empty folder", f"{out}, which holds something"
-    )
-    out = out.resolve()
-    require(out.parent.is_dir(), "quantize", "out", "in a folder that exists", out)
-    # the finished folder is renamed to its place, which no mount point can be
-    require(not os.path.ismount(out), "quantize", "out", "a folder inside a mounted one", f"{out}, which is a mount point")

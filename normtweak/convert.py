@@ -9,8 +9,7 @@ from pathlib import Path
 
 from . import card, formats, models
 from .blocks import PackedReader
-from .checkpoint import QUANTIZE_CONFIG, CheckpointWriter, check_disk, other_files
-from .config import check_out_folder
+from .checkpoint import QUANTIZE_CONFIG, CheckpointWriter, check_disk, check_out_folder, other_files, read_recipe
 from .linear import quantizable_linears
 from .models import ModelFolder
 from .progress import Progress, Silent
@@ -67,4 +66,4 @@ def _write_settings(folder: ModelFolder, target: formats.Format, writer: Checkpo
     if target.settings["quant_method"] == "gptq":
         writer.write_json(QUANTIZE_CONFIG, target.settings)
     if ours or not (folder.path / card.FILE).is_file():
-        writer.write_text(card.FILE, card.render(models.recipe(folder.path) or {}, target.settings))
+        writer.write_text(card.FILE, card.render(read_recipe(folder.path) or {}, target.settings))

@@ -14,7 +14,8 @@ from rich.table import Table
 from . import models
 from .activations import compute_dtype
 from .calibration import generated
-from .config import CalibrationConfig, QuantizeConfig, check_out_folder
+from .checkpoint import check_out_folder
+from .config import CalibrationConfig, QuantizeConfig, require
 from .evaluate import PYTHON_DOCS, read_text, score, text_windows
 from .pipeline import quantize
 from .progress import Progress
@@ -32,6 +33,8 @@ HELD_OUT = 4
 def run(samples: int, length: int, out: Path | None, progress: Progress) -> Iterator[str | Table]:
     """Quantize SmolLM2-135M at W4 and W2, each with and without tweak and polish; yields lines as they come, then the table and the samples."""
     began = time.perf_counter()
+    require(samples > 1, "demo", "samples", "2 or more, as the polish holds one out", samples)
+    CalibrationConfig(samples=samples, length=length)  # complains before anything is generated
     if out is not None:
         check_out_folder(out)
     folder = models.ModelFolder(models.resolve(models.EMBEDDED))
@@ -73,7 +76,7 @@ def _run(folder: models.ModelFolder, samples: int, length: int, root: Path, prog
     peak, first = 0, True
     for scheme, settings in SCHEMES.items():
         for tweaked in (False, True):
-            recipe = {} if tweaked else {"tweak": None}
+            recipe: dict[str, Any] = {"polish": {"extra_samples": 0}} if tweaked else {"tweak": None}
             config = QuantizeConfig.preset("default", **settings, **recipe, calibration={"samples": samples, "length": length})
             name = " + ".join([f"{scheme}, GPTQ", *(["tweak"] if config.tweak else []), *(["polish"] if config.polish else [])])
             yield f"\n{name}"

@@ -11,7 +11,7 @@ import torch
 from normtweak_kernels import native, which_backend
 
 from . import families, formats, models
-from .checkpoint import stored_activations
+from .checkpoint import read_recipe, stored_activations
 from .linear import quantizable_linears
 from .norms import is_norm
 
@@ -60,12 +60,15 @@ def describe(model: str | os.PathLike[str]) -> list[Section]:
         rows.append(("packed linears", ", ".join(f"{count} of {scheme}" for scheme, count in schemes.most_common())))
         rows.append(("activations", stored_activations(settings)))
         sections.append(Section("quantization", rows))
-    recipe = models.recipe(folder.path)
-    if recipe is not None:
+    recipe = read_recipe(folder.path)
+    if recipe is not None and "config" in recipe:  # else the codes are somebody else's
         rows = [("of", recipe["model"])]
         rows += [(key, str(value)) for key, value in recipe["config"].items()]
         rows += [("packages", ", ".join(f"{name} {number}" for name, number in recipe["packages"].items()))]
         sections.append(Section("recipe", rows))
+    if recipe is not None and "retweak" in recipe:
+        rows = [(key, str(value)) for key, value in recipe["retweak"]["config"].items()]
+        sections.append(Section("norms tweaked afterwards", rows))
     sections.append(Section("kernels here", _kernels()))
     return sections
 

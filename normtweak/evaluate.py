@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn import functional
 from .activations import computing
 from .calibration import leading_bos
 from .calibration.text import read_utf8
+from .checks import check_ids
 from .config import require
 from .estimates import Difference, Estimate, Metric, exponential_mean, mean, paired_difference
 from .progress import Progress, Silent
@@ -51,6 +53,12 @@ def read_text(source: str) -> str:
     return read_utf8("eval", path)
 
 
+def check_names(where: str, argument: str, sources: Sequence[str]) -> None:
+    """Raise ValueError for files of the same name in different folders, where results have the files' names."""
+    names = [Path(source).name for source in dict.fromkeys(sources)]
+    require(len(set(names)) == len(names), where, argument, "files called differently, since results have their names", ", ".join(names))
+
+
 def text_windows(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
     """Window i of a text is its tokens [i * (T // count), ...) for `length` tokens, int64 [count, length]; no special tokens.
 
@@ -76,8 +84,9 @@ def score(
 ) -> Score:
     """Score a causal model on windows [count, length], and beside a float model when `against` is given.
 
-    Each window is given on its own, behind the tokenizer's BOS where the tokenizer puts one. dtype: of matrix products.
+    Each window is given on its own, behind the tokenizer's BOS where the tokenizer puts one. dtype: of matrix products. Raises ValueError for ids that the model doesn't have.
     """
+    check_ids("eval", int(windows.max()), model.config.get_text_config().vocab_size)
     bos = leading_bos(tokenizer)
     device = model.device
     nll, other_nll, divergence, agreed = (torch.zeros(len(windows), dtype=torch.float64) for _ in range(4))

@@ -58,8 +58,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype, or in autocast's where that is on. bias: in place of the module's own."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if (device := x.device.type) != "meta" and torch.is_autocast_enabled(device):  # torch knows no autocast of shapes
+            x = x.to(torch.get_autocast_dtype(device))
         parameter = self._parameters["bias"] if bias is None else bias
         bias = None if parameter is None else parameter.to(x.dtype)
         # Straight from the dictionary, past nn.Module's attribute lookup: a token costs a call of every linear.
@@ -182,6 +182,12 @@ def _unfused(path: str, fused: Any, names: tuple[str, str, str]) -> Experts:
 def quantizable_linears(block: nn.Module) -> dict[str, nn.Linear]:
     """The nn.Linear modules of a block by their path in it, in the order of the module tree; routers, which choose experts, are none of them."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear) and "Router" not in type(module).__name__}
+
+
+def left_out(model: Any) -> str:
+    """What paths in the whole model begin with and those in `model` don't: transformers' AutoModel gives the part under the head that its prefix names."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return "" if not prefix or hasattr(model, prefix) else f"{prefix}."
 
 
 def replace(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from normtweak_kernels.dequant_gemm import ACTIVATIONS
 
 from . import families, formats
-from .checkpoint import QUANTIZE_CONFIG, RECIPE, WeightFiles, stored_activations
+from .checkpoint import QUANTIZE_CONFIG, WeightFiles, stored_activations
+from .checks import one_of
 from .config import require
 from .files import cache_folder
-from .linear import PackedLinear, is_conv1d, present_linears, quantizable_linears, replace
+from .linear import PackedLinear, is_conv1d, left_out, present_linears, quantizable_linears, replace
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,8 @@ class ModelFolder:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.path)
+            # left to itself transformers would ask at the terminal whether to run a folder's own code
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
             raise ValueError(f"model: {self.path} must have a config.json that transformers knows, got {_first_line(error)}") from error
 
@@ -159,9 +161,19 @@ class ModelFolder:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.path)
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(f"model: {self.path} must have a tokenizer, got {_first_line(error)}") from error
+
+    @cached_property
+    def generation(self) -> Any:
+        """The settings of generation_config.json, None where there is none. Raises ValueError for a file that isn't read."""
+        from transformers import GenerationConfig
+
+        try:
+            return GenerationConfig.from_pretrained(self.path) if (self.path / "generation_config.json").is_file() else None
+        except (ValueError, OSError, TypeError) as error:
+            raise ValueError(f"model: {self.path} must have a generation_config.json that transformers knows, got {_first_line(error)}") from error
 
     @cached_property
     def weights(self) -> WeightFiles:
@@ -218,10 +230,11 @@ class ModelFolder:
         own, theirs = self.text_config.vocab_size, other.text_config.vocab_size
         require(own == theirs, where, "against", f"a model with the same vocabulary of {own}", f"one of {theirs}")
 
-    def check_length(self, where: str, length: int) -> None:
-        """Raise ValueError when sequences are longer than the model has positions."""
+    def check_length(self, where: str, length: int, *, bos: bool = False) -> None:
+        """Raise ValueError when sequences are longer than the model has positions. bos: whether a BOS is put before each."""
         limit = getattr(self.text_config, "max_position_embeddings", None)
-        require(limit is None or length <= limit, where, "length", f"at most the model's {limit} positions", length)
+        wanted = f"at most the model's {limit} positions{' less one for the BOS in front' if bos else ''}"
+        require(limit is None or length + bos <= limit, where, "length", wanted, length)
 
     def missing(self, skeleton: Any) -> list[str]:
         """Parameters of a skeleton that the weights lack."""
@@ -242,7 +255,7 @@ def block_path(model: Any) -> str:
     """
     family = families.find(model.config)
     if family is not None:
-        return family.blocks
+        return family.blocks.removeprefix(left_out(model))
     candidates = {
         path: len(module)
         for path, module in model.named_modules()
@@ -290,7 +303,7 @@ def load(
 ) -> Any:
     """Load MODEL (see `resolve`): a packed checkpoint as a transformers model with `PackedLinear` modules, a float one as it is.
 
-    dtype: of activations and of what isn't packed; "auto" is float32 on a CPU and the checkpoint's own elsewhere. Packed weights are never dequantized
+    dtype: of activations and of what isn't packed, also by name; "auto" is float32 on a CPU and the checkpoint's own elsewhere. Packed weights are never dequantized
     as a whole. activations: how they enter the packed linears' products, see `normtweak_kernels.dequant_gemm`: "auto" as exactly as dtype holds
     them, "int16", "int8" and "int8_token" faster and rounded; None as the checkpoint says, which is "auto" unless it was made for another (SmoothQuant). Raises ValueError for a folder that isn't whole or is quantized in a way that isn't read here.
     """
@@ -301,6 +314,10 @@ def load(
     require(activations == "auto" or folder.quantization is not None, "load", "activations", "auto for a float model", activations)
     if dtype == "auto":
         dtype = torch.float32 if torch.device(device).type == "cpu" else (folder.config.dtype or torch.float16)
+    elif isinstance(dtype, str):
+        one_of("load", "dtype", dtype, ("auto", "float32", "float16", "bfloat16"))
+        dtype = getattr(torch, dtype)
+    assert isinstance(dtype, torch.dtype)
     loaded = folder.skeleton()
     if folder.quantization is not None:
         from transformers.quantizers.auto import AutoHfQuantizer
@@ -324,14 +341,22 @@ def load(
     else:
         folder.weights.fill(loaded, skip=tied_names(loaded))
         loaded.tie_weights()
-    if (folder.path / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        loaded.generation_config = GenerationConfig.from_pretrained(folder.path)
-    # parameters alone: a rotary table in 16 bits would be another model at long contexts
-    for parameter in loaded.parameters():
-        parameter.data = parameter.data.to(dtype)
+    if folder.generation is not None:
+        loaded.generation_config = folder.generation
+    _cast(loaded, dtype)
     return loaded.to(device).eval()
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Parameters, and of the buffers those that checkpoints hold: a rotary table in 16 bits would be another model at long contexts, and so would what the class keeps in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    packed = {id(buffer) for module in model.modules() if isinstance(module, PackedLinear) for buffer in module.buffers()}
+    stored = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in stored and buffer.is_floating_point() and id(buffer) not in packed:
+            exact = any(part in name for part in model._keep_in_fp32_modules_strict)
+            buffer.data = buffer.data.to(torch.float32 if exact else dtype)
 
 
 def load_tokenizer(model: str | os.PathLike[str]) -> Any:
@@ -345,9 +370,9 @@ def packed_linears(skeleton: Any, folder: ModelFolder, form: formats.Format) -> 
     Raises ValueError where there is none.
     """
     present_blocks(skeleton)
-    found = {}
+    found, whole = {}, left_out(skeleton)
     for name, linear in quantizable_linears(skeleton).items():
-        stored = folder.weights.find(f"{name}.{form.codes}")
+        stored = folder.weights.find(f"{whole}{name}.{form.codes}")
         if stored is not None:
             found[name] = linear, stored.removesuffix(form.codes)
     require(bool(found), "load", str(folder.path), f"a checkpoint with packed linears ({form.codes} tensors)", "none")
@@ -370,9 +395,3 @@ def fill_packed(model: Any, folder: ModelFolder) -> None:
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     require(not left, "load", str(folder.path), "complete", f"no value for {', '.join(left[:3])}")
-
-
-def recipe(folder: Path) -> dict[str, Any] | None:
-    """What normtweak noted when it wrote the folder, or None for another's."""
-    path = folder / RECIPE
-    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None

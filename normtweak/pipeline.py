@@ -8,7 +8,6 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -18,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import calibration, card, families, formats, models, norms, quantizers
+from . import card, families, formats, models, norms, quantizers
 from .activations import Stream, compute_dtype, device_of, embed_all
 from .blocks import BlockReader
-from .calibration import Author, Calibration
 from .calibration.quality import TextReport
-from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter, check_disk
-from .config import PolishConfig, QuantizeConfig, RetweakConfig, check_out_folder, require, stored_bits
+from .checkpoint import QUANTIZE_CONFIG, RECIPE, CheckpointWriter, check_disk, check_out_folder
+from .config import PolishConfig, QuantizeConfig, require, stored_bits
 from .linear import PackedLinear, quantizable_linears
 from .loop import BlockReport, quantize_blocks
 from .memory import PeakMemory, release
 from .models import ModelFolder
 from .polish import PolishReport, polish
 from .progress import Progress, Silent
+from .sequences import calibration_text, joined, split_extra, wanted_sequences
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +54,8 @@ class Report:
         return tweaked or (self.polish is not None and self.polish.accepted)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # whatever the caller has switched off
 def quantize(
     model: str | os.PathLike[str],
     *,
@@ -112,7 +113,9 @@ def quantize(
             if config.polish and tokens is not None and float_hidden is not None:
                 release()
                 with stages("polish"):
-                    report.polish = _polish(plan, config.polish, joined(tokens, extra_tokens), float_hidden, untweaked, writer, progress)
+                    polished = _polish(plan, config.polish, joined(tokens, extra_tokens), float_hidden, untweaked, writer, progress)
+                    # where no block kept its tweak there was none to undo
+                    report.polish = replace(polished, undone=polished.undone and any(block.rate for block in report.blocks))
             report.float_size = plan.float_size
             recipe = _recipe(model, config, tokens, report) | {"sizes": {"packed": writer.size, "float": plan.float_size}}
             writer.write_json(RECIPE, recipe)
@@ -183,13 +186,14 @@ class _Plan(BlockReader):
         return formats.describe(own.written_format, schemes, plain, head=self.head, meta=meta)
 
     def _check_parameters(self) -> None:
+        _ = self.folder.tokenizer, self.folder.generation  # written at the end, whether a text is looked at or not
         missing = self.folder.missing(self.model)
         require(
             not missing, "checkpoint", str(self.folder.path), f"a checkpoint with the parameter {missing[:1] and missing[0]}", "none of that name"
         )
         for name, tensor in self.model.state_dict().items():
             stored = self.folder.weights.find(name)
-            if tensor.is_meta and stored is not None:
+            if stored is not None:
                 shape = self.folder.weights.shape(stored)
                 require(shape == tuple(tensor.shape), "checkpoint", stored, f"of shape {tuple(tensor.shape)}", shape)
 
@@ -247,45 +251,6 @@ def _stored_dtype(folder: ModelFolder) -> torch.dtype:
     return folder.config.dtype if folder.config.dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
-def calibration_text(folder: ModelFolder, config: QuantizeConfig | RetweakConfig, device: torch.device) -> Callable[[Progress], Calibration]:
-    """What gives the text that `config` names for a model, the polish's extra sequences behind the others, when called; on `device` where the model writes it.
-
-    Raises ValueError for whatever is wrong with its source.
-    """
-    dtype = compute_dtype(config.compute_dtype, device)
-    author = Author(
-        folder.tokenizer,
-        folder.text_config.vocab_size,
-        folder.config.model_type,
-        load=lambda: models.load(folder.path, dtype=dtype, device=device),
-        identity=lambda: f"{folder.digest()} {dtype} {device.type}",
-    )
-    return calibration.prepare(replace(config.calibration, samples=wanted_sequences(config)), author, config.seed)
-
-
-def wanted_sequences(config: QuantizeConfig | RetweakConfig, tokens: Tensor | None = None, extra: Tensor | None = None) -> int:
-    """How many the calibration text has, the polish's extra ones among them; a user's own tokens count in its stead."""
-    if tokens is not None:
-        return len(tokens) + (0 if extra is None else len(extra))
-    return config.calibration.samples + extra_samples(config.polish)
-
-
-def extra_samples(polish: PolishConfig | None) -> int:
-    """How many of them are for the polish alone."""
-    return polish.extra_samples if polish else 0
-
-
-def split_extra(tokens: Tensor, config: PolishConfig | None) -> tuple[Tensor, Tensor | None]:
-    """The sequences that all look at, and those that the polish alone does."""
-    extra = extra_samples(config)
-    return (tokens[:-extra], tokens[-extra:]) if extra else (tokens, None)
-
-
-def joined(tokens: Tensor, extra: Tensor | None) -> Tensor:
-    """The sequences that the polish looks at; the last ones, which it holds out, are none that the quantizer saw where there are others."""
-    return tokens if extra is None else torch.cat([tokens, extra])
-
-
 # What happened to each block; the stream behind the last; the float model's own hidden states there, [S, L, H], of the extra sequences too.
 _Blocks = tuple[list[BlockReport], Stream | None, Tensor | None]
 
@@ -322,7 +287,9 @@ def _run_blocks(
             if name.rpartition(".")[0] not in packed:
                 tensors[plan.written_name(place + name)] = tensor
         # Steps of the tweak are finer than 16 bits: a gain near 1 moves by 2e-3, bfloat16's neighbours of 1 are 4e-3 and 8e-3 away.
-        fine = {plan.written_name(place + p.name) for p in norms.norm_parameters(block, relative=True)} if config.changes_norms else set()
+        fine = {place + p.name for p in norms.norm_parameters(block, relative=True)} if config.changes_norms else set()
+        # A router's correction decides between experts by differences of a thousandth.
+        fine = {plan.written_name(name) for name in fine | {place + name for name, _ in block.named_buffers()}}
         writer.write(index, {name: tensor if name in fine else _stored(tensor, plan.stored_dtype) for name, tensor in tensors.items()})
         block.to("meta")
 
@@ -375,7 +342,7 @@ def _polish(
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.dtype in (torch.float32, torch.bfloat16) else tensor
+    return tensor.to(dtype) if tensor.dtype in (torch.float64, torch.float32, torch.bfloat16) else tensor
 
 
 def _write_rest(plan: _Plan, head: dict[str, Tensor], writer: CheckpointWriter) -> None:

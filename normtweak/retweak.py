@@ -14,20 +14,25 @@ from torch import Tensor
 from . import card, formats, models, norms
 from .activations import Stream, compute_dtype, device_of, embed_all
 from .blocks import BlockReader, PackedReader
-from .checkpoint import RECIPE, CheckpointWriter, check_disk, other_files
-from .config import RetweakConfig, check_out_folder, require
+from .calibration.quality import TextReport
+from .checkpoint import RECIPE, CheckpointWriter, check_disk, check_out_folder, other_files, read_recipe
+from .config import RetweakConfig, require
 from .linear import quantizable_linears
 from .loop import BlockReport, tweak_block
 from .memory import PeakMemory, release
 from .models import ModelFolder
-from .pipeline import calibration_text, joined, split_extra, wanted_sequences
 from .polish import PolishReport, polish
 from .progress import Progress, Silent
+from .sequences import calibration_text, joined, split_extra, wanted_sequences
+
+# Rounding to bfloat16 moves an embedding by 0.2 %; a fine-tuned model may be nearer to its base than this, an unrelated one is 140 % away.
+SAME = 0.01
 
 
 @dataclass
 class RetweakReport:
-    """What a run did. changed: names of the tensors that differ from the old checkpoint's. peak_memory: bytes above what the process held at the start."""
+    """What a run did. changed: names of the tensors that differ from the old checkpoint's. peak_memory: bytes above what the process held at the start. calibration: of the text it
+    chose itself."""
 
     out: Path
     blocks: list[BlockReport] = field(default_factory=list)
@@ -35,8 +40,11 @@ class RetweakReport:
     changed: list[str] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory: int = 0
+    calibration: TextReport | None = None
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # whatever the caller has switched off
 def tweak(
     quantized: str | os.PathLike[str],
     *,
@@ -74,7 +82,8 @@ def tweak(
         report = RetweakReport(out)
         with CheckpointWriter(out, len(packed.folder.weights.by_file())) as writer:
             if take_text is not None:
-                tokens, extra_tokens = split_extra(take_text(progress).tokens, config.polish)
+                text = take_text(progress)
+                (tokens, extra_tokens), report.calibration = split_extra(text.tokens, config.polish), text.report
                 release()  # the whole float model, which wrote the text, goes before the blocks come
             assert tokens is not None
             everything = joined(tokens, extra_tokens)
@@ -84,7 +93,7 @@ def tweak(
                 values = _polish(packed, exact, values, everything, float_hidden, config, report, progress)
             report.changed = sorted(values)
             _write(packed.folder, values, writer)
-            _write_notes(packed.folder, config, report, writer)
+            _write_notes(packed.folder, config, tokens, report, writer)
             writer.finish()
     report.seconds, report.peak_memory = time.perf_counter() - began, memory.peak
     return report
@@ -119,6 +128,18 @@ def _check_pair(packed: PackedReader, exact: BlockReader) -> None:
             not missing, "checkpoint", str(reader.folder.path), f"a checkpoint with the parameter {missing[:1] and missing[0]}", "none of that name"
         )
     require(exact.blocks > 0, "tweak", path, "a model with at least one block", "none")
+    distance = _embedding_distance(packed, exact)
+    require(distance < SAME, "tweak", "float", "the model that was quantized, with its embedding", f"one whose embedding differs by {distance:.0%}")
+
+
+def _embedding_distance(packed: PackedReader, exact: BlockReader) -> float:
+    """|E - F| / |F| of the first rows of the two models' embeddings, which no quantizer changes: shapes don't tell a model from its namesakes."""
+    rows = []
+    for reader in (packed, exact):
+        weight = reader.model.get_input_embeddings().weight
+        name = next(name for name, parameter in reader.model.named_parameters() if parameter is weight)
+        rows.append(reader.folder.weights.read(str(reader.folder.weights.find(name)))[:1024].float())
+    return ((rows[0] - rows[1]).norm() / rows[1].norm()).item()
 
 
 def _tweak_blocks(
@@ -180,15 +201,17 @@ def _write(folder: ModelFolder, values: dict[str, Tensor], writer: CheckpointWri
         writer.write(number, {weights.written(name): new[name] if name in new else weights.read(name) for name in names})
 
 
-def _write_notes(folder: ModelFolder, config: RetweakConfig, report: RetweakReport, writer: CheckpointWriter) -> None:
+def _write_notes(folder: ModelFolder, config: RetweakConfig, tokens: Tensor, report: RetweakReport, writer: CheckpointWriter) -> None:
     ours = card.is_ours(folder.path)
     writer.copy(folder.path, [path for path in other_files(folder.path) if str(path) != RECIPE and not (ours and str(path) == card.FILE)])
     note = {
         "config": asdict(config),
+        "calibration_tokens": tokens.numel(),
+        "calibration": asdict(report.calibration) if report.calibration else None,
         "blocks": [asdict(block) for block in report.blocks],
         "polish": asdict(report.polish) if report.polish else None,
     }
-    recipe = {**(models.recipe(folder.path) or {}), "retweak": note}
+    recipe = {**(read_recipe(folder.path) or {}), "retweak": note}
     writer.write_json(RECIPE, recipe)
     if ours or not (folder.path / card.FILE).is_file():
         writer.write_text(card.FILE, card.render(recipe, folder.quantization or {}))

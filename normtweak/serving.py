@@ -11,6 +11,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
+from . import formats
 from .checkpoint import WeightFiles
 from .config import require
 from .integrations.vllm_rules import check_settings, version_problem
@@ -36,6 +37,8 @@ def serve(folder: Path, *, host: str = LOCAL, port: int = 8000, engine: str = "a
             check_settings(settings)
         command = vllm_command(folder, host, port, options)
         os.execv(command[0], command)
+    if settings is not None and settings["quant_method"] == "gptq":
+        formats.open_format(settings).scheme("")
     from .integrations.transformers_serve import run
 
     run(folder, host, port, options)
@@ -52,6 +55,7 @@ def check_folder(folder: Path, options: Sequence[str] = ()) -> dict[str, Any] | 
     require(isinstance(config, dict), "serve", "folder", "a model folder with a configuration in config.json", type(config).__name__)
     settings = config.get("quantization_config")
     if settings is not None:
+        require(isinstance(settings, dict), "serve", "quantization_config", "a table of settings", type(settings).__name__)
         method = settings.get("quant_method")
         require(method in ("gptq", "normtweak"), "serve", "quant_method", "gptq or normtweak", method)
     _check_heads(config, _option(options, "--tensor-parallel-size", "-tp"))
@@ -60,8 +64,9 @@ def check_folder(folder: Path, options: Sequence[str] = ()) -> dict[str, Any] | 
 
 
 def _check_heads(config: dict[str, Any], ranks: str | None) -> None:
-    heads = (config.get("text_config") or config).get("num_attention_heads")
-    if ranks is not None and heads is not None and ranks.isdigit() and int(ranks) > 0:
+    text = config.get("text_config")
+    heads = (text if isinstance(text, dict) else config).get("num_attention_heads")
+    if ranks is not None and isinstance(heads, int) and ranks.isdigit() and int(ranks) > 0:
         require(heads % int(ranks) == 0, "serve", "tensor-parallel-size", f"a divisor of the model's {heads} heads", ranks)
 
 

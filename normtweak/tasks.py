@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .activations import computing
 from .calibration import leading_bos
-from .calibration.text import read_utf8
+from .calibration.text import json_lines
+from .checks import check_ids
 from .config import require
 from .estimates import Metric
 from .progress import Progress, Silent
@@ -58,12 +59,10 @@ def _read(path: Path, limit: int | None, parse: Callable[[dict[str, Any]], Any],
     require(path.is_file(), "eval", "task", "a JSONL file", path)
     require(limit is None or limit >= 1, "eval", "limit", "1 or more", limit)
     items = []
-    for number, line in enumerate(read_utf8("eval", path).splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in json_lines("eval", path):
         try:
             items.append(parse(json.loads(line)))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"eval: {path} line {number} must be a JSON object with {wanted}, got {type(error).__name__}: {error}") from None
     require(bool(items), "eval", str(path), "a file with lines", "none")
     count = len(items) if limit is None else min(limit, len(items))
@@ -76,14 +75,23 @@ def _choice(line: dict[str, Any]) -> Choice:
     else:
         query, choices, gold = (line[key] for key in (("ctx", "endings", "label") if "ctx" in line else ("query", "choices", "gold")))
         query = f"{query.rstrip()}\nAnswer:" if query.startswith("Question:") else query
+        if not isinstance(choices, list):
+            raise TypeError(f"choices are {type(choices).__name__}")
         contexts, continuations = [query] * len(choices), [f" {choice}" for choice in choices]
     if not (isinstance(gold, int) and 0 <= gold < len(contexts) and len(contexts) > 1):
         raise ValueError(f"the right choice is {gold!r} of {len(contexts)}")
+    # what nothing comes before has no likelihood, and what is empty the highest
+    for text in (*contexts, *continuations):
+        if not text.strip():
+            raise ValueError("an empty text")
     return Choice(tuple(contexts), tuple(continuations), gold)
 
 
 def _passage(line: dict[str, Any]) -> Passage:
-    return Passage(line["context"].rstrip(), f" {line['continuation'].strip()}")
+    passage = Passage(line["context"].rstrip(), f" {line['continuation'].strip()}")
+    if not passage.context or not passage.word.strip():
+        raise ValueError("an empty text")
+    return passage
 
 
 def choose(name: str, model: Any, tokenizer: Any, items: list[Choice], *, dtype: torch.dtype, progress: Progress | None = None) -> list[Metric]:
@@ -124,6 +132,7 @@ def log_likelihoods(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     encoded = [_encode(tokenizer, bos, limit, *pair) for pair in pairs]
     likelihoods, greedy = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.bool)
+    check_ids("eval", max(max(ids) for ids, _ in encoded), model.config.get_text_config().vocab_size)
     batches = list(_batches([len(ids) for ids, _ in encoded], LOGITS // model.config.get_text_config().vocab_size))
     with (progress or Silent()).task("evaluating", len(batches)) as advance:
         for batch in batches:

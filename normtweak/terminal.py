@@ -14,8 +14,9 @@ from rich.progress import Progress as Bars
 
 from .progress import Advance
 
-console = Console()
-errors = Console(stderr=True)
+# Paths, patterns and texts are shown as they are: no [markup], no :emoji:. Lines are written by `out`, which doesn't fold them at the terminal's width.
+console = Console(markup=False, emoji=False, highlight=False)
+errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, FOLDER:FILE.gguf, or smollm2-135m.", show_default=False)]
 Activations = Annotated[
@@ -36,9 +37,9 @@ class TerminalProgress:
         """See normtweak.progress.Progress."""
         began = time.perf_counter()
         if not console.is_terminal:
-            console.print(f"{description} ({total} steps)", highlight=False)
-            yield lambda note="": console.print(f"  {note}", highlight=False) if note else None
-            console.print(f"{description}: {time.perf_counter() - began:.1f} s", highlight=False)
+            console.out(f"{description} ({total} steps)")
+            yield lambda note="": console.out(f"  {note}") if note else None
+            console.out(f"{description}: {time.perf_counter() - began:.1f} s")
             return
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Bars(*columns, console=console, transient=True) as bars:
@@ -50,4 +51,4 @@ class TerminalProgress:
                     bars.update(task, description=f"{description} · {note}")
 
             yield advance
-        console.print(f"{description}: {time.perf_counter() - began:.1f} s", highlight=False)
+        console.out(f"{description}: {time.perf_counter() - began:.1f} s")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from normtweak import cli, terminal
-from small_models import make_model
+from small_models import make_model, make_packed
 
 SMALL = ["--calibration", "random", "--samples", "4", "--length", "24"]
 
@@ -157,6 +157,37 @@ def test_inspect(packed, small_model):
     assert in_process("inspect", small_model)[0] == 0
 
 
+def test_what_is_written_is_written_as_it_is(small_model, tmp_path, monkeypatch):
+    """Not folded at the terminal's width, no :emoji: and no [markup] in texts, names and patterns."""
+    prompt = "a :smile:\t[b]c[/d]" + "x" * 40
+    monkeypatch.setattr(terminal.console, "width", 60)
+    code, stdout, stderr = in_process("generate", small_model, "--prompt", prompt, "--max-new-tokens", 60)
+    assert code == 0, stderr
+    assert stdout.startswith(prompt)
+    assert stdout.count("\n") == stdout.rstrip("\n").count("\n") + 1
+    (tmp_path / "a[").mkdir()
+    text = tmp_path / "a[" / "b].txt"
+    text.write_text("The quick brown fox. " * 9)
+    code, stdout, stderr = in_process("eval", small_model, "--text", text, "--windows", 2, "--length", 16)
+    assert code == 0, stderr
+    assert "a[/b].txt" in stdout
+    packed = make_packed(small_model, tmp_path / "out", skip=["[a-j]_proj"])
+    assert "['[a-j]_proj']" in in_process("inspect", packed)[1]
+
+
+def test_inspect_of_norms_tweaked_afterwards(small_model, packed, tmp_path):
+    theirs = tmp_path / "theirs"
+    shutil.copytree(packed[0], theirs)
+    (theirs / "normtweak.json").unlink()
+    for source, out in ((theirs, tmp_path / "a"), (packed[0], tmp_path / "b")):
+        code, _, stderr = in_process("tweak", source, "--float", small_model, "--out", out, "--polish-only", *SMALL)
+        assert code == 0, stderr
+        code, stdout, stderr = in_process("inspect", out)
+        assert code == 0, stderr
+        assert "norms tweaked afterwards" in stdout
+        assert ("recipe" in stdout) == (out.name == "b")
+
+
 def test_help_is_good_reading():
     result = normtweak("--help")
     assert result.returncode == 0
@@ -197,6 +228,8 @@ def test_help_is_good_reading():
         (["quantize", "MODEL", "--out", "OUT", "--config", "."], "config must be a JSON file, got . (Is a directory)"),
         (["eval", "MODEL", "--length", "200"], "eval: length must be at most the model's 128 positions, got 200"),
         (["eval", "MODEL", "--length", "20", "--json", "no/where.json"], "where.json must be in a folder that exists"),
+        (["eval", "MODEL", "--length", "20", "--json", "."], "checkpoint: . must be a file, got a folder"),
+        (["generate", "MODEL", "--prompt", "\u00e9"], "generate: prompt must be text that the tokenizer has tokens for, got '\u00e9'"),
         (["eval", "MODEL", "--length", "20", "--dtype", "fp32"], "compute_dtype: name must be auto, float32 or bfloat16, got fp32"),
         (["eval", "MODEL", "--windows", "0", "--length", "20"], "eval: windows, length must be at least 1 and 2"),
         (["eval", "MODEL", "--lambada", "none.jsonl"], "eval: task must be a JSONL file, got none.jsonl"),
@@ -204,6 +237,8 @@ def test_help_is_good_reading():
         (["generate", "MODEL", "--prompt", "a", "--activations", "int3"], "load: activations must be one of auto, int16, int8, int8_token, got int3"),
         (["generate", "MODEL", "--prompt", "a", "--dtype", "float8"], "name must be auto, float32 or bfloat16, got float8"),
         (["generate", "MODEL", "--prompt", ""], "generate: prompt must be some text"),
+        (["demo", "--samples", "1"], "demo: samples must be 2 or more, as the polish holds one out, got 1"),
+        (["demo", "--length", "4"], "CalibrationConfig: length must be 8 or more tokens, got 4"),
         (["inspect", "./nowhere"], "model: ./nowhere must be a model folder"),
     ],
 )
@@ -273,6 +308,67 @@ def test_models_of_different_vocabularies_are_not_compared(small_model, tmp_path
     code, _, stderr = in_process("eval", small_model, "--against", other, "--length", 20)
     assert code == 2
     assert "eval: against must be a model with the same vocabulary" in stderr
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_no_more_tokens_than_positions(tmp_path, model_type):
+    """GPT-2's are learned: there is none behind the last. A BOS in front takes one too."""
+    from tokenizers import Tokenizer, processors
+
+    folder = make_model(tmp_path / "float", model_type, n_positions=128, n_embd=64, n_layer=2, n_head=4)
+    file = str(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(file)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(file)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 9)
+    assert in_process("eval", folder, "--text", text, "--windows", 1, "--length", 127)[0] == 0
+    code, _, stderr = in_process("eval", folder, "--text", text, "--windows", 1, "--length", 128)
+    assert (code, len(stderr.splitlines())) == (2, 1)
+    assert "eval: length must be at most the model's 128 positions less one for the BOS in front, got 128" in stderr
+    assert in_process("generate", folder, "--prompt", "x" * 117, "--max-new-tokens", 10)[0] == 0
+    code, _, stderr = in_process("generate", folder, "--prompt", "x" * 118, "--max-new-tokens", 10)
+    assert (code, len(stderr.splitlines())) == (2, 1)
+    assert "generate: prompt with max_new_tokens must be at most the model's 128 positions, got 119 + 10" in stderr
+
+
+def test_another_models_tokenizer_is_one_line(tmp_path):
+    folder = make_model(tmp_path / "float", vocab_size=60)
+    text, task = tmp_path / "text.txt", tmp_path / "task.jsonl"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 9)
+    task.write_text('{"context": "The quick", "continuation": "fox {~}"}\n')
+    for command in (
+        ["quantize", folder, "--out", tmp_path / "out", "--calibration", text, "--samples", 2, "--length", 24],
+        ["eval", folder, "--text", text, "--windows", 2, "--length", 24],
+        ["eval", folder, "--lambada", task],
+        ["generate", folder, "--prompt", "{~}"],
+    ):
+        code, _, stderr = in_process(*command)
+        assert (code, len(stderr.splitlines())) == (2, 1), stderr
+        assert "the tokenizer must be the model's own, with ids below 60, got id" in stderr
+
+
+@pytest.mark.parametrize("name", ["polish", "tweak", "calibration"])
+def test_a_table_of_a_configuration_file_that_is_none(small_model, tmp_path, name):
+    file = tmp_path / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps({name: 3}).encode())
+    code, _, stderr = in_process("quantize", small_model, "--out", tmp_path / "out", "--config", file, "--lr", 0.1, "--extra-samples", 2, *SMALL)
+    assert (code, stderr) == (2, f"normtweak: config: {name} must be a table of names and values, got 3\n")
+
+
+def test_what_the_system_refuses_is_one_line_and_exit_code_1(small_model, tmp_path, monkeypatch):
+    """A full disk: safetensors has an error of its own."""
+    from safetensors import SafetensorError
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("normtweak.checkpoint.save_file", full)
+    code, _, stderr = in_process("quantize", small_model, "--out", tmp_path / "out", *SMALL)
+    assert (code, len(stderr.splitlines())) == (1, 1)
+    assert stderr.startswith("normtweak: ")
+    assert "could not be written: I/O error: No space left on device" in stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_option():

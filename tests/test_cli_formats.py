@@ -53,6 +53,22 @@ def test_tweak(packed, small_model, tmp_path):
     assert (note["tweak"], note["polish"]["learning_rate"], note["seed"]) == (None, 0.02, 7)
 
 
+def test_tweak_says_what_it_calibrated_on(small_model, tmp_path):
+    packed = make_packed(small_model, tmp_path / "packed")
+    options = ["--samples", 4, "--length", 24, "--polish-only"]
+    code, stdout, stderr = in_process("tweak", packed, "--float", small_model, "--out", tmp_path / "out", *options)
+    assert code == 0, stderr
+    assert "calibration text (generated): 4 x 24 tokens" in stdout
+    note = json.loads((tmp_path / "out" / "normtweak.json").read_text())["retweak"]
+    assert (note["calibration_tokens"], note["calibration"]["sequences"]) == (96, 4)
+
+
+def test_texts_of_one_name_would_be_one_on_the_card(small_model, tmp_path):
+    folder = make_packed(small_model, tmp_path / "packed")
+    code, _, stderr = in_process("eval", folder, "--text", "a/x.txt", "--text", "b/x.txt", "--card")
+    assert (code, stderr) == (2, "normtweak: eval: text must be files called differently, since results have their names, got x.txt, x.txt\n")
+
+
 def test_scores_go_to_the_card(small_model, tmp_path):
     folder = make_packed(small_model, tmp_path / "packed")
     text = tmp_path / "text.txt"

@@ -120,6 +120,27 @@ def test_the_card(small_model, tmp_path):
     assert "12.346" in text and "format: gptq" in text
 
 
+def test_the_card_says_what_was_done(small_model, tmp_path):
+    """Not what was asked for: no text where none was looked at, given tokens as such, and what was not kept."""
+    assert "tokens" not in (make_packed(small_model, tmp_path / "plain") / "README.md").read_text()
+    tokens = torch.randint(2, 90, (3, 16))
+    given = ", from 48 given tokens, seed 0"
+    config = normtweak.QuantizeConfig.preset(method="rtn", polish={"min_gain": 0.99})
+    normtweak.quantize(small_model, out=tmp_path / "out", config=config, tokens=tokens)
+    body = (tmp_path / "out" / "README.md").read_text()
+    assert "- codes: RTN\n" in body
+    assert f"learning rate 0.0003{given}; " in body
+    assert f"next-token distribution{given}; not kept\n" in body
+    recipe = json.loads((tmp_path / "out" / "normtweak.json").read_text())
+    for rates, undone, fate in (([3e-4, 0.0], False, "kept in 1 of 2 blocks"), ([3e-4, 3e-4], True, "undone, as the polish found")):
+        blocks = [block | {"rate": rate} for block, rate in zip(recipe["blocks"], rates, strict=True)]
+        changed = recipe | {"blocks": blocks, "polish": recipe["polish"] | {"undone": undone}}
+        assert f"; {fate}\n" in card.render(changed, {"quant_method": "gptq", "bits": 4})
+    report = normtweak.tweak(tmp_path / "plain", float_model=small_model, out=tmp_path / "later", tokens=tokens)
+    assert report.calibration is None
+    assert f"(`normtweak tweak`){given}\n" in (tmp_path / "later" / "README.md").read_text()
+
+
 def test_somebody_elses_card_is_left_alone(small_model, tmp_path):
     folder = make_packed(small_model, tmp_path / "packed")
     (folder / "README.md").write_text("# mine\n")

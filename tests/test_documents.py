@@ -91,6 +91,14 @@ def test_conversations_that_will_not_do(tokenizer, tmp_path, row, message):
         documents.sequences(CalibrationConfig(source=str(file), samples=1, length=8, chat=True), tokenizer, 0)
 
 
+def test_lines_from_elsewhere(small_model, tmp_path):
+    """A byte order mark, and in a string the characters at which str.splitlines cuts (which the small tokenizer leaves out)."""
+    file = tmp_path / "text.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": "The\u2028 cat\x85 sat"}, ensure_ascii=False).encode() + b"\r\n")
+    plain = write(tmp_path / "plain.jsonl", [{"text": "The cat sat"}])
+    assert torch.equal(*(ids(small_model, source=str(path), samples=1, length=9) for path in (file, plain)))
+
+
 def test_a_missing_file(small_model):
     with pytest.raises(ValueError, match=r"calibration: source must be generated, random, a text file, a .jsonl file or hf:NAME, got none.jsonl"):
         run(small_model, source="none.jsonl")

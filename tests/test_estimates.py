@@ -20,7 +20,7 @@ def test_perplexity_by_the_delta_method():
     assert outside.standard_error == pytest.approx(outside.value * inside.standard_error)
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), [(4, 2.776), (9, 2.262), (39, 2.023), (1999, 1.961)])
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.71), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (39, 2.023), (1999, 1.961)])
 def test_the_interval_is_students(freedom, quantile):
     n = freedom + 1
     values = torch.randn(n, dtype=torch.float64)

@@ -11,7 +11,7 @@ from normtweak import QuantizeConfig, families, models
 from normtweak.linear import PackedLinear
 from normtweak.norms import gain_offset, is_norm
 from normtweak.polish import _Objective
-from small_models import make_model, tensors_of
+from small_models import edit, make_model, make_packed, tensors_of
 
 FALCON = {"head_dim": None, "num_key_value_heads": None, "num_kv_heads": 2}
 MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
@@ -165,6 +165,25 @@ def test_models_outside_the_table_work_by_discovery(tmp_path, model_type):
         expected, got = model(tokens).logits, packed(tokens).logits
     assert (got - expected).norm() < 1e-4 * expected.norm()
     assert packed.generate(tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (2, 23)
+
+
+def test_a_routers_correction_is_read_and_written_as_it_is(tmp_path):
+    """It is a buffer, which modules are made with: zeros, and with them other experts are asked."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_model(tmp_path / "float", "deepseek_v3", **DISCOVERED["deepseek_v3"])
+    name, correction = "model.layers.1.mlp.gate.e_score_correction_bias", torch.tensor([0.0, 4.001, 0.0, 4.002])
+    tokens = torch.randint(2, 90, (2, 20))
+    plain = normtweak.load(folder)(tokens).logits
+    edit(folder, name, lambda _: correction)
+    expected = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    for settings in ({}, {"polish": {}, "calibration": {"samples": 4, "length": 20}}):
+        out = make_packed(folder, tmp_path / f"out{len(settings)}", bits=8, group_size=-1, **settings)
+        assert torch.equal(tensors_of(out)[name], correction)
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(normtweak.load(out, dtype=dtype).get_buffer(name), correction)
+    got = normtweak.load(tmp_path / "out0")(tokens).logits
+    assert (got - expected).norm() < 0.1 * (plain - expected).norm()
 
 
 # The table itself

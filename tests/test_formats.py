@@ -60,6 +60,26 @@ def test_act_order(name, bits):
     assert torch.equal(again.dequantize(), weight)
 
 
+@pytest.mark.parametrize("name", formats.WRITTEN)
+def test_reading_does_not_depend_on_the_default_device(name):
+    linear = packed(16, 96, 4, 3, False)
+    form = opened(name, linear)
+    tensors = form.write("a.b", linear)
+    with torch.device("meta"):  # as torch.set_default_device("cuda") with tensors that were read on the CPU
+        assert same(form.read("a.b", tensors, 16, 96), linear)
+
+
+@pytest.mark.parametrize("dynamic", [["-:a"], "-:a", {"+:a": "4"}, {"+:a": [4]}])
+def test_rules_of_the_wrong_kind_are_one_line(dynamic):
+    with pytest.raises(ValueError, match="load: dynamic must be a table of patterns and their settings, got"):
+        formats.open_format({"quant_method": "gptq", "bits": 4, "dynamic": dynamic})
+
+
+def test_a_rule_without_settings_changes_nothing():
+    form = formats.open_format({"quant_method": "gptq", "bits": 4, "dynamic": {"+:a": None}})
+    assert form.scheme("a") == form.scheme("b") == formats.Scheme(4, -1, True)
+
+
 def by_hand(words, bits, count):
     """Rows of words -> rows of codes, least significant first."""
     rows = []

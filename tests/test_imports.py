@@ -21,7 +21,7 @@ FLOORS = [
     {"integrations"},
     {"retweak"},
     {"pipeline", "convert"},
-    {"loop", "polish", "evaluate", "describe", "warm", "blocks", "card"},
+    {"loop", "polish", "evaluate", "describe", "warm", "blocks", "card", "sequences"},
     {"models", "text", "tasks"},
     {"quantizers", "calibration", "checkpoint", "formats", "shards"},
     {"folding", "inputs", "rounding"},

@@ -135,6 +135,15 @@ def test_a_folder_that_cannot_be_written_is_said_so(small_model, monkeypatch, ca
     assert "can't be kept in" in caplog.text
 
 
+def test_a_full_disk_costs_the_draft_alone(small_model, monkeypatch, caplog):
+    def full(*_):
+        raise kept.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(kept, "save_file", full)
+    assert ids(small_model).shape == (5, 20)
+    assert "can't be kept in" in caplog.text and "No space left" in caplog.text
+
+
 def test_nothing_temporary_is_left(small_model):
     run(small_model)
     assert [name for name in files() if not name.endswith(".safetensors")] == []

@@ -44,6 +44,13 @@ def test_autocast_gives_the_autocast_dtype():
         assert linear(torch.randn(2, 32)).dtype == torch.bfloat16
 
 
+def test_shapes_without_values():
+    linear = PackedLinear.from_weight(quantized(8, 32, 4, 1, False), torch.randn(8)).to("meta")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = linear(torch.randn(2, 3, 32, device="meta"))
+    assert (y.device.type, tuple(y.shape), y.dtype) == ("meta", (2, 3, 8), torch.float32)
+
+
 def test_gradient_reaches_x():
     linear = PackedLinear.from_weight(quantized(8, 32, 4, 2, False))
     x = torch.randn(4, 32, requires_grad=True)

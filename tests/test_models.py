@@ -59,6 +59,18 @@ def test_a_config_that_transformers_does_not_know(small_model, tmp_path):
         normtweak.load(tmp_path)
 
 
+def test_nobody_is_asked_to_run_a_folders_code(small_model, tmp_path, monkeypatch):
+    """transformers asks at the terminal, and runs it for a y."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "made-up", "auto_map": {"AutoConfig": "code.Config"}}))
+    with pytest.raises(ValueError, match=r"must have a config.json that transformers knows, got The repository .* contains custom code"):
+        normtweak.load(tmp_path)
+    folder = shutil.copytree(small_model, tmp_path / "copy")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Made", "auto_map": {"AutoTokenizer": ["code.Made", None]}}))
+    with pytest.raises(ValueError, match=r"must have a tokenizer, got The repository .* contains custom code"):
+        normtweak.load_tokenizer(folder)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_float_model_loads_as_transformers_loads_it(tmp_path, tied):
     from transformers import AutoModelForCausalLM
@@ -73,6 +85,12 @@ def test_rotary_tables_stay_float32(small_model):
     exact, rounded = models.load(small_model), models.load(small_model, dtype=torch.bfloat16)
     assert rounded.model.embed_tokens.weight.dtype == torch.bfloat16
     assert torch.equal(exact.model.rotary_emb.inv_freq, rounded.model.rotary_emb.inv_freq)
+
+
+def test_a_dtype_by_name(small_model):
+    assert models.load(small_model, dtype="bfloat16").model.embed_tokens.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="load: dtype must be one of auto, float32, float16, bfloat16, got int8"):
+        models.load(small_model, dtype="int8")
 
 
 def test_a_float_model_with_a_missing_weight(small_model, tmp_path):

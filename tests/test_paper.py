@@ -236,6 +236,8 @@ def test_a_table_on_the_terminal_and_as_csv(tmp_path):
         (["--table", "2", "--seeds", "0"], "paper: seeds must be 1 or more, got 0"),
         (["--table", "2", "--rows", "("], "paper: rows must be a regular expression"),
         (["--table", "2", "--rows", "zzz"], "paper: rows must be found in a label of Table 2"),
+        (["--table", "2", "--text", "a/x.txt", "--text", "b/x.txt"], "paper: text must be files called differently, since results have their names"),
+        (["--table", "8", "--calibration", "a/x.txt", "--calibration", "b/x.txt"], "paper: calibration must be files called differently"),
         (["--table", "2", "--text", "none.txt"], "eval: text must be a text file"),
         (["--table", "2", "--window-length", "1000"], "paper: length must be at most the model's 128 positions, got 1000"),
         (["--table", "2", "--length", "1000"], "paper: length must be at most the model's 128 positions, got 1000"),

@@ -313,6 +313,22 @@ def test_calibration_text_too_short(small_model, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("tokenizer.json", "must have a tokenizer, got"), ("generation_config.json", "must have a generation_config.json that transformers knows, got")],
+)
+def test_what_is_written_at_the_end_is_read_at_the_beginning(small_model, tmp_path, monkeypatch, file, message):
+    folder = shutil.copytree(small_model, tmp_path / "float")
+    (folder / file).write_text("{")
+    monkeypatch.setattr("normtweak.pipeline.CheckpointWriter", None)
+    refuse(folder, tmp_path / "out", message, method="rtn", tweak=None)
+
+
+def test_a_model_in_float64(tmp_path):
+    run(make_model(tmp_path / "float", dtype=torch.float64), tmp_path / "out", method="rtn", tweak=None)
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.float16, torch.int32}
+
+
 def test_a_packed_model_is_not_quantized_again(small_model, tmp_path):
     run(small_model, tmp_path / "once", method="rtn", tweak=None)
     refuse(tmp_path / "once", tmp_path / "twice", "model must be a float model, got one quantized by gptq")

@@ -228,9 +228,9 @@ def test_presets():
     assert QuantizeConfig.preset("default", tweak=None).polish is None
     assert QuantizeConfig.preset("default", polish=None).polish is None
     coarse = QuantizeConfig.preset("default", bits=2, calibration=CalibrationConfig(samples=10)).polish
-    assert (coarse.learning_rate, coarse.extra_samples) == (1e-2, 20)
-    assert QuantizeConfig.preset("default", bits=2).polish.extra_samples == 128
-    assert QuantizeConfig.preset("default", bits=2, polish={"extra_samples": 0}).polish.extra_samples == 0
+    assert (coarse.learning_rate, coarse.extra_samples) == (1e-2, 40)
+    assert QuantizeConfig.preset("default", bits=2).polish.extra_samples == 256
+    assert QuantizeConfig.preset("default", bits=2, polish={"extra_samples": 0}).polish == PolishConfig(learning_rate=1e-2)
     assert QuantizeConfig.preset("paper").polish is None
 
 
@@ -247,6 +247,21 @@ def test_a_tweak_that_leads_away_from_the_float_model_is_undone(small_model, tmp
     gains = {"learning_rate": 2e-3, "iterations": 4}
     kept = run(small_model, tmp_path / "kept", method="rtn", bits=2, tweak=gains, polish=tiny | {"min_gain": 0.0})
     assert not kept.polish.undone
+
+
+def test_where_no_block_kept_its_tweak_none_was_undone(small_model, tmp_path):
+    report = run(small_model, tmp_path / "out", method="rtn", bits=4, tweak={"learning_rate": 0.9}, polish={"min_gain": 0.9})
+    assert [block.rate for block in report.blocks] == [0, 0]
+    assert not report.polish.undone
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients(small_model, tmp_path, off):
+    with off():
+        report = run(small_model, tmp_path / "out", method="rtn", bits=2, tweak={}, polish={})
+        again = normtweak.tweak(tmp_path / "out", float_model=small_model, out=tmp_path / "again", tokens=torch.randint(2, 90, (4, 16)))
+    assert report.polish.kl_before > 0
+    assert again.polish.kl_before > 0
 
 
 def test_a_gain_that_is_too_small_is_none(small_model, tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import normtweak
 from normtweak import RetweakConfig, retweak
 from normtweak.polish import polish
-from small_models import make_model, make_packed, scattered, tensors_of
+from small_models import edit, make_model, make_packed, scattered, tensors_of
 
 TEXT = {"source": "random", "samples": 8, "length": 24, "batch_size": 4}
 
@@ -180,10 +180,26 @@ def test_what_does_not_belong_together(small_model, tmp_path):
         RetweakConfig.preset(4, bits=4)
 
 
+def test_a_namesake_is_not_the_model(small_model, tmp_path):
+    """Of the same shapes, with other weights; rounded ones are the model's own."""
+    packed = make_packed(small_model, tmp_path / "packed")
+    other = shutil.copytree(small_model, tmp_path / "other")
+    for change, same in ((lambda t: t.bfloat16(), True), (lambda t: torch.randn_like(t) * t.std(), False)):
+        edit(other, "model.embed_tokens.weight", change)
+        if same:
+            retweak.tweak(packed, float_model=other, out=tmp_path / "out", config=settings(polish=None))
+            continue
+        with pytest.raises(
+            ValueError, match="tweak: float must be the model that was quantized, with its embedding, got one whose embedding differs by 1"
+        ):
+            retweak.tweak(packed, float_model=other, out=tmp_path / "none", config=settings())
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_recipe_depends_on_the_bits(small_model, tmp_path):
     coarse, fine = make_packed(small_model, tmp_path / "w2", bits=2), make_packed(small_model, tmp_path / "w4")
     recipe = retweak.preset_for(coarse, calibration={"samples": 10})
-    assert (recipe.tweak.learning_rate, recipe.polish.learning_rate, recipe.polish.extra_samples) == (2e-3, 1e-2, 20)
+    assert (recipe.tweak.learning_rate, recipe.polish.learning_rate, recipe.polish.extra_samples) == (2e-3, 1e-2, 40)
     assert retweak.preset_for(coarse, polish={"extra_samples": 3}).polish.extra_samples == 3
     assert retweak.preset_for(coarse, polish=None).polish is None
     recipe = retweak.preset_for(fine, seed=3)

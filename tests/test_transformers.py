@@ -1,5 +1,7 @@
 """transformers with packed linears: loading, quantizing on the spot, saving, pushing, generating, compiling."""
 
+import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import normtweak
 from normtweak import NormTweakConfig, PackedLinear
+from normtweak.config import ModuleOverride
 from small_models import make_model, tensors_of
 
 TOKENS = torch.arange(2, 34).reshape(2, 16)
@@ -73,6 +76,24 @@ def test_the_hook_leaves_when_it_is_done():
     assert not [finder for finder in sys.meta_path if getattr(finder, "engine", "") == "transformers.quantizers.auto"]
 
 
+def test_the_hook_waits_for_an_import_that_succeeds(tmp_path, monkeypatch):
+    """Ctrl-C while transformers is being imported, and again: folders still load."""
+    from normtweak.integrations.hooks import after_import
+
+    (tmp_path / "stand_in_engine.py").write_text("import stand_in_flag\n")
+    (tmp_path / "stand_in_ours.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    after_import("stand_in_engine", "stand_in_ours")
+    importlib.util.find_spec("stand_in_engine")  # only asked for
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("stand_in_engine")
+    assert "stand_in_ours" not in sys.modules
+    monkeypatch.setitem(sys.modules, "stand_in_flag", sys)
+    importlib.import_module("stand_in_engine")
+    assert "stand_in_ours" in sys.modules
+    assert not [finder for finder in sys.meta_path if getattr(finder, "engine", "") == "stand_in_engine"]
+
+
 # ---- loading
 
 
@@ -81,6 +102,17 @@ def test_a_checkpoint_loads_as_normtweak_loads_it(packed, settings):
     model = from_pretrained(packed, **settings)
     assert same(model, normtweak.load(packed, dtype=model.dtype))
     assert {module.scales.dtype for module in packed_of(model).values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
+@torch.no_grad()
+def test_a_model_without_its_head(tmp_path, model_type):
+    """As AutoModel gives it, for embeddings; one linear is packed by a rule of its own."""
+    own = ModuleOverride(pattern=r"\.1\..*(v_proj|c_proj)", bits=8, group_size=-1)
+    out = pack(make_model(tmp_path / "float", model_type), tmp_path / "out", overrides=(own,))
+    base, whole = AutoModel.from_pretrained(out, dtype=torch.float32), from_pretrained(out)
+    assert len(packed_of(base)) == len(packed_of(whole)) > 0
+    assert torch.equal(base(TOKENS).last_hidden_state, whole(TOKENS, output_hidden_states=True).hidden_states[-1])
 
 
 def test_skipped_experts_load_too(tmp_path):

@@ -29,6 +29,8 @@ def test_other_versions_are_one_line(version):
         (OURS | {"meta": {"quantizer": "gptqmodel:7.6.0"}, "bits": 3}, None, True),
         (OURS | {"meta": None, "bits": 2}, None, True),
         (OURS | {"meta": None}, None, False),
+        (OURS | {"meta": "another tool's"}, None, False),
+        (OURS | {"meta": {"quantizer": 3}}, None, False),
         (OURS | {"meta": None}, "normtweak", True),
         (OURS | {"meta": None, "dynamic": {"-:.*k_proj": {}, "+:.*down_proj": {"bits": 3}}}, None, True),
         ({"quant_method": "awq", "bits": 4}, None, False),

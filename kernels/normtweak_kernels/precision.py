@@ -1,4 +1,4 @@
-"""torch's precision of float32 products, for a while."""
+"""The dtypes of activations, and torch's precision of float32 products, for a while."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+# What the ops take as activations; torch has floats of 8 bits and fewer, which it doesn't compute with either.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_ids
 from ..config import CalibrationConfig
 from ..progress import Progress
 from .quality import TextReport
@@ -53,6 +54,7 @@ def prepare(config: CalibrationConfig, author: Author, seed: int) -> Callable[[P
         ids = documents.sequences(config, author.tokenizer, seed)
     else:
         ids = text.windows(config, author.tokenizer, seed)
+    check_ids("calibration", int(ids.max()), author.vocabulary)
     report = TextReport.of(config.source, ids, author.tokenizer, templated=config.chat)
     return lambda progress: Calibration(ids, report)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import CalibrationConfig, require
 from . import hub, with_bos
-from .text import read_utf8
+from .text import json_lines
 
 # What stands between two documents in one sequence.
 _BETWEEN = "\n\n"
@@ -45,9 +45,7 @@ def sequences(config: CalibrationConfig, tokenizer: Any, seed: int) -> Tensor:
 
 def _lines(path: Path, field: str) -> Iterator[tuple[str, Any]]:
     require(path.is_file(), "calibration", "source", "generated, random, a text file, a .jsonl file or hf:NAME", path)
-    for number, line in enumerate(read_utf8("calibration", path).splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in json_lines("calibration", path):
         place = f"{path} line {number}"
         try:
             row = json.loads(line)

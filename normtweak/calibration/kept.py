@@ -65,5 +65,5 @@ def write(path: Path, draft: Draft) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside(path) as temporary:
             save_file({"tokens": draft.tokens, "begins": draft.begins, "state": draft.state}, temporary)
-    except OSError as error:
-        logger.warning("generated calibration text can't be kept in %s (%s)", path.parent, error.strerror)
+    except (OSError, SafetensorError) as error:
+        logger.warning("generated calibration text can't be kept in %s (%s)", path.parent, error)

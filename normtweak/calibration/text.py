@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,18 @@ from . import with_bos
 
 
 def read_utf8(where: str, path: Path) -> str:
-    """The text of a file. Raises ValueError, named after `where`, when it isn't UTF-8."""
+    """The text of a file, without a byte order mark. Raises ValueError, named after `where`, when it isn't UTF-8."""
     try:
-        return path.read_text(encoding="utf8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: {path} must be UTF-8 text, got bytes that aren't ({error.reason} at byte {error.start})") from error
+
+
+def json_lines(where: str, path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a JSONL file that hold something, and their numbers. A newline alone ends one: U+2028 and others at which str.splitlines cuts may stand in a string."""
+    for number, line in enumerate(read_utf8(where, path).split("\n"), 1):
+        if line.strip():
+            yield number, line
 
 
 def windows(config: CalibrationConfig, tokenizer: Any, seed: int) -> Tensor:

@@ -21,4 +21,4 @@ def bench(
     if not warm:
         raise ValueError("bench: warm must be asked for with --warm, got nothing to do")
     for line in choose(model):
-        console.print(line, markup=False, highlight=False)
+        console.out(line)

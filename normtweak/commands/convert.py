@@ -19,4 +19,4 @@ def convert(
     from ..convert import convert as run
 
     size = run(model, out=out, format=form, progress=TerminalProgress())
-    console.print(f"{out}: {size / 1e6:.1f} MB, {form}", markup=False, highlight=False)
+    console.out(f"{out}: {size / 1e6:.1f} MB, {form}")

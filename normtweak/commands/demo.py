@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from ..terminal import TerminalProgress, console
 
@@ -20,7 +19,4 @@ def demo(
     from ..demo import run
 
     for line in run(samples, length, out, TerminalProgress()):
-        if isinstance(line, Table):
-            console.print(line)
-        else:
-            console.print(line, markup=False, highlight=False)
+        (console.out if isinstance(line, str) else console.print)(line)

@@ -43,9 +43,10 @@ def evaluate(
     """Perplexity of MODEL and how far it is from a second one; tasks with standard errors, and paired differences with 95 % intervals."""
     from .. import models
     from ..activations import compute_dtype, device_of
+    from ..calibration import leading_bos
     from ..card import add_scores, check_has_card
     from ..checkpoint import check_parent, write_json
-    from ..evaluate import PYTHON_DOCS, Suite, read_text, score, text_windows
+    from ..evaluate import PYTHON_DOCS, Suite, check_names, read_text, score, text_windows
 
     place = device_of(device)
     precision = compute_dtype(dtype, place)
@@ -53,14 +54,16 @@ def evaluate(
         check_parent(json_file)
     if card:
         check_has_card(Path(model))
+        check_names("eval", "text", text or [])
     suite = Suite.read(lambada or [], choice or [], tasks.split(",") if tasks else [], limit)
     texts = {name: read_text(name) for name in text or ([] if suite else [PYTHON_DOCS])}
     folder = models.ModelFolder(models.resolve(model))
-    if texts:
-        folder.check_length("eval", length)
-    if against is not None:
-        folder.check_same_vocabulary("eval", models.ModelFolder(models.resolve(against)))
     tokenizer = folder.tokenizer
+    compared = [] if against is None else [models.ModelFolder(models.resolve(against))]
+    for other in compared:
+        folder.check_same_vocabulary("eval", other)
+    for each in [folder, *compared] if texts else []:
+        each.check_length("eval", length, bos=leading_bos(tokenizer) is not None)
     chosen = {name: text_windows(tokenizer, content, windows, length) for name, content in texts.items()}
     loaded = models.load(model, device=place, activations=activations)
     reference = None if against is None else models.load(against, device=place)

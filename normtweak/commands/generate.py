@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..terminal import Activations, Device, Model, console, errors
+from ..terminal import Activations, Device, Model, errors
 
 
 def generate(
@@ -36,6 +36,7 @@ def generate(
         temperature=temperature,
         seed=seed,
     )
-    console.print(prompt, style="bold", end="", markup=False, highlight=False)
-    console.print(result.text, markup=False, highlight=False)
-    errors.print(f"{result.tokens} tokens in {result.seconds:.2f} s: {result.tokens / result.seconds:.1f} tokens/s", highlight=False)
+    # as it is, tabs and all
+    typer.secho(prompt, bold=True, nl=False)
+    typer.echo(result.text)
+    errors.out(f"{result.tokens} tokens in {result.seconds:.2f} s: {result.tokens / result.seconds:.1f} tokens/s")

@@ -44,4 +44,4 @@ def paper(
     request = Request(tuple(table or ()), tuple(figure or ()), seeds, samples, length, rows, tuple(calibration or ()), languages)
     evaluation = Evaluation(tuple(text or [PYTHON_DOCS]), windows, window_length, tuple(lambada or ()), tuple(choice or ()), limit)
     for line in run(model, request, evaluation, out, TerminalProgress(), device):
-        console.print(line, markup=False, highlight=False, soft_wrap=isinstance(line, str))
+        (console.out if isinstance(line, str) else console.print)(line)

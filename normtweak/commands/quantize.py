@@ -77,7 +77,7 @@ def quantize(
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
     extra_samples: Annotated[
-        int | None, typer.Option(help="Further sequences of the same text for the polish alone.", show_default="0; at 2 bits twice --samples")
+        int | None, typer.Option(help="Further sequences of the same text for the polish alone.", show_default="0; at 2 bits four times --samples")
     ] = None,
     form: Annotated[
         str | None, typer.Option("--format", help="gptq, gptq_v2 or compressed-tensors.", show_default="gptq; gptq_v2 with --asymmetric")
@@ -110,35 +110,41 @@ def quantize(
     if lr_search:
         schedule["learning_rate"] = None
         if preset == "default" and settings.get("polish", {}) is not None:
-            settings["polish"] = {**settings.get("polish", {}), "learning_rate": None}
+            settings["polish"] = {**table(settings, "polish"), "learning_rate": None}
     if extra_samples is not None:
         polished = not (no_tweak or no_polish) and preset == "default"
         require(polished, "quantize", "extra_samples", "left out where nothing is polished", extra_samples)
-        settings["polish"] = {**(settings.get("polish") or {}), "extra_samples": extra_samples}
+        settings["polish"] = {**table(settings, "polish"), "extra_samples": extra_samples}
     if schedule:
         require(not no_tweak, "quantize", ", ".join(schedule), "left out with --no-tweak", "given")
-        settings["tweak"] = {**(settings.get("tweak") or {}), **schedule}
+        settings["tweak"] = {**table(settings, "tweak"), **schedule}
     if no_tweak:
         settings["tweak"] = None
     if no_tweak or no_polish:
         settings["polish"] = None
     report = pipeline.quantize(model, out=out, config=QuantizeConfig.preset(preset, **settings), progress=TerminalProgress(), device=device)
     if report.calibration:
-        console.print(str(report.calibration), markup=False, highlight=False)
+        console.out(str(report.calibration))
     if report.polish:
-        console.print(f"polish: {report.polish}", highlight=False)
-    console.print(
+        console.out(f"polish: {report.polish}")
+    console.out(
         f"{report.out}: {report.packed_size / 1e6:.1f} MB (16-bit: {report.float_size / 1e6:.1f} MB), "
         f"{sum(report.seconds.values()):.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB above the start",
-        highlight=False,
     )
 
 
 def calibration_settings(settings: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """The `calibration` table of a configuration file's settings with the options that were given (not None); nothing when none was."""
     text = {key: value for key, value in options.items() if value is not None}
-    known = settings.get("calibration")
-    return {"calibration": {**known, **text} if isinstance(known, dict) else text} if text else {}
+    return {"calibration": {**table(settings, "calibration"), **text}} if text else {}
+
+
+def table(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """A table of a configuration file's settings, an empty one where it isn't given. Raises ValueError for what is none."""
+    found = settings.get(name)
+    if not isinstance(found, dict | None):
+        raise ValueError(f"config: {name} must be a table of names and values, got {found!r}")
+    return found or {}
 
 
 def read_settings(where: str, path: Path | None) -> dict[str, Any]:
@@ -146,7 +152,7 @@ def read_settings(where: str, path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        settings = json.loads(path.read_text(encoding="utf8"))
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{where}: config must be a JSON file, got {path} ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..terminal import Device, TerminalProgress, console
-from .quantize import calibration_settings, read_settings
+from .quantize import calibration_settings, read_settings, table
 
 
 def tweak(
@@ -20,12 +20,13 @@ def tweak(
     no_polish: Annotated[bool, typer.Option("--no-polish", help="Tweak block by block alone.")] = False,
     polish_only: Annotated[bool, typer.Option("--polish-only", help="Polish all norms together, without the tweak block by block.")] = False,
     calibration: Annotated[
-        str | None, typer.Option(help="generated (by the float model), random, or a UTF-8 text FILE.txt.", show_default="generated")
+        str | None,
+        typer.Option(help="generated (by the float model), random, a UTF-8 text FILE.txt, FILE.jsonl, or hf:DATASET.", show_default="generated"),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
     extra_samples: Annotated[
-        int | None, typer.Option(help="Further sequences of the same text for the polish alone.", show_default="0; at 2 bits twice --samples")
+        int | None, typer.Option(help="Further sequences of the same text for the polish alone.", show_default="0; at 2 bits four times --samples")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same bytes.", show_default="0")] = None,
     device: Device = "auto",
@@ -39,13 +40,14 @@ def tweak(
     settings |= calibration_settings(settings, {"source": calibration, "samples": samples, "length": length})
     if extra_samples is not None:
         require(not no_polish, "tweak", "extra_samples", "left out with --no-polish", extra_samples)
-        settings["polish"] = {**(settings.get("polish") or {}), "extra_samples": extra_samples}
+        settings["polish"] = {**table(settings, "polish"), "extra_samples": extra_samples}
     settings |= ({"polish": None} if no_polish else {}) | ({"tweak": None} if polish_only else {})
     chosen = retweak.preset_for(quantized, **settings)
     report = retweak.tweak(quantized, float_model=float_model, out=out, config=chosen, progress=TerminalProgress(), device=device)
+    if report.calibration:
+        console.out(str(report.calibration))
     if report.polish:
-        console.print(f"polish: {report.polish}", highlight=False)
-    console.print(
+        console.out(f"polish: {report.polish}")
+    console.out(
         f"{report.out}: {len(report.changed)} norm tensors changed, {report.seconds:.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB above the start",
-        highlight=False,
     )

@@ -33,7 +33,10 @@ class GPTQ:
         word = settings.get("pack_dtype", "int32")
         require(word == "int32", "load", "pack_dtype", "int32", word)
         self.settings, self.v2 = settings, form == "gptq_v2"
-        for pattern in settings.get("dynamic") or {}:
+        rules = settings.get("dynamic") or {}
+        tables = isinstance(rules, Mapping) and all(not own or isinstance(own, Mapping) for own in rules.values())
+        require(tables, "load", "dynamic", "a table of patterns and their settings", rules)
+        for pattern in rules:
             try:
                 re.compile(_without_sign(pattern))
             except re.error as error:
@@ -46,7 +49,7 @@ class GPTQ:
             if re.match(_without_sign(pattern), path):
                 if pattern.startswith("-:"):
                     return None
-                own = settings
+                own = settings or {}
                 break
         if any(is_within(path, name) for name in self.settings.get("modules_to_not_convert") or ()):
             return None
@@ -143,8 +146,10 @@ def permutation(path: str, g_idx: Tensor | None, scheme: Scheme, k: int) -> Tens
     """The order of inputs int32 [k] that puts the groups of g_idx side by side, or None where they lie so. Raises ValueError for groups of unequal size."""
     size = k if scheme.group_size == -1 else scheme.group_size
     require(k % size == 0, path, "in_features", f"a multiple of the group size {size}, as groups must be of one size", k)
-    plain = torch.arange(k) // size
-    if g_idx is None or torch.equal(g_idx.long(), plain):
+    if g_idx is None:
+        return None
+    plain = torch.arange(k, device=g_idx.device) // size
+    if torch.equal(g_idx.long(), plain):
         return None
     perm = torch.argsort(g_idx.long(), stable=True)
     equal = tuple(g_idx.shape) == (k,) and torch.equal(g_idx.long()[perm], plain)

@@ -20,7 +20,7 @@ def after_import(engine: str, ours: str) -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds nothing by itself: it adds a step to the import of one module, and leaves `sys.meta_path` when that module is asked for."""
+    """Finds nothing by itself: it adds a step to the import of one module, and leaves `sys.meta_path` when that module has been imported."""
 
     def __init__(self, engine: str, ours: str) -> None:
         self.engine, self.ours = engine, ours
@@ -30,12 +30,17 @@ class _AfterImport(MetaPathFinder):
         if name != self.engine:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)  # an import may be asked for and fail, or be interrupted: the next one counts as well
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_follow(module: ModuleType) -> None:
                 execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 importlib.import_module(self.ours)
 
             spec.loader.exec_module = execute_and_follow  # type: ignore[method-assign]

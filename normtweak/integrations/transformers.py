@@ -108,6 +108,8 @@ class NormTweakQuantizer(HfQuantizer):
         form = self._format = formats.open_format(self.quantization_config.stored or {})
         plain = dict(model.named_modules())
         packed = packed_linears(model, folder, form)
+        # what the checkpoint's settings call them, also where the model is loaded without its head
+        self._paths = {name: prefix.removesuffix(".") for name, (_, prefix) in packed.items()}
         for name, linear in quantizable_linears(model).items():
             if name in packed:
                 prefix = packed[name][1]
@@ -136,7 +138,9 @@ class NormTweakQuantizer(HfQuantizer):
             require(module.device.type != "meta", "from_pretrained", "offload_buffers", "off for packed linears", "on")
             tensors, device = module.tensors(), module.device
             # Repacked on the CPU, where the native kernels do it, and sent back.
-            packed = self._format.read(name, {leaf: tensor.cpu() for leaf, tensor in tensors.items()}, module.out_features, module.in_features)
+            packed = self._format.read(
+                self._paths[name], {leaf: tensor.cpu() for leaf, tensor in tensors.items()}, module.out_features, module.in_features
+            )
             packed.activations = self.quantization_config.activations or "auto"
             replace(model, name, packed.to(device))
 

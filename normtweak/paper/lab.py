@@ -19,13 +19,14 @@ from torch import Tensor
 
 from .. import models
 from ..activations import compute_dtype, device_of
-from ..calibration import Calibration
+from ..calibration import Calibration, leading_bos
 from ..checkpoint import write_json
 from ..config import QuantizeConfig, require
-from ..evaluate import Suite, read_text, score, text_windows
+from ..evaluate import Suite, check_names, read_text, score, text_windows
 from ..models import ModelFolder
-from ..pipeline import calibration_text, quantize
+from ..pipeline import quantize
 from ..progress import Progress
+from ..sequences import calibration_text
 from .drift import channel_statistics, drift
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ class Lab:
         self._model, self._evaluation, self._out, self._progress = model, evaluation, out, progress
         self.folder = ModelFolder(models.resolve(model))
         require(self.folder.quantization is None, "paper", "model", "a float model", "a quantized one")
-        self.folder.check_length("paper", evaluation.length)
+        self.folder.check_length("paper", evaluation.length, bos=leading_bos(self.folder.tokenizer) is not None)
+        check_names("paper", "text", evaluation.texts)
         self._texts = {name: read_text(name) for name in evaluation.texts}
         self._words = Suite.read(list(evaluation.lambada), [], [], evaluation.limit)
         self._choices = Suite.read([], list(evaluation.choices), [], evaluation.limit)

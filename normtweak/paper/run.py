@@ -10,7 +10,9 @@ from pathlib import Path
 from rich.table import Table
 
 from ..calibration.languages import PRESETS
+from ..checks import check_pattern
 from ..config import CalibrationConfig, QuantizeConfig, require
+from ..evaluate import check_names
 from ..progress import Progress
 from .experiments import FIGURES, TABLES, Experiment, Scope
 from .figure import check_matplotlib, draw
@@ -37,11 +39,10 @@ class Request:
         for argument, asked, there in (("table", self.tables, TABLES), ("figure", self.figures, FIGURES)):
             for number in asked:
                 require(number in there, "paper", argument, "one of " + ", ".join(map(str, there)), number)
+        check_names("paper", "calibration", self.sources)
         require(self.seeds >= 1, "paper", "seeds", "1 or more", self.seeds)
-        try:
-            re.compile(self.rows)
-        except re.error as error:
-            raise ValueError(f"paper: rows must be a regular expression, got {self.rows!r} ({error})") from None
+        if self.rows:
+            check_pattern("paper", "rows", self.rows)
 
 
 def run(model: str, request: Request, evaluation: Evaluation, out: Path, progress: Progress, device: str = "auto") -> Iterator[Table | str]:

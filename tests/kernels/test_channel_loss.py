@@ -152,6 +152,13 @@ def test_gradients_in_float64(form):
         assert torch.autograd.gradcheck(lambda x, mask=mask: channel_loss(x, mean_f, var_f, mask, form=form), (x,))
 
 
+def test_a_second_derivative_is_refused(body):
+    x = torch.randn(6, 4, requires_grad=True)
+    (slope,) = torch.autograd.grad(channel_loss(x, torch.zeros(4), torch.ones(4), form="squared"), x, create_graph=True)
+    with pytest.raises(ValueError, match="channel_loss: must be differentiated once"):
+        (slope.pow(2) * x).sum().backward()
+
+
 def test_equal_statistics_cost_nothing(body):
     x = torch.randn(100, 48)
     assert channel_loss(x, x.mean(0), x.var(0, correction=0)) < 1e-6
@@ -211,6 +218,18 @@ def test_collected_statistics_are_those_of_all_tokens(body, dtype):
     assert torch.equal(reference.kept_tokens(x, mask), x[mask].float())
 
 
+def test_the_default_device_changes_nothing(isa):
+    x, statistics = torch.randn(9, 12), ChannelStatistics()
+    target = torch.zeros(12), torch.ones(12)
+    loss, gradient = channel_loss_and_grad(x, *target)
+    with torch.device("meta"):
+        statistics.update(x)
+        again = channel_loss_and_grad(x, *target)
+    assert torch.allclose(statistics.mean, x.mean(0), atol=1e-6)
+    assert torch.equal(again[0], loss)
+    assert torch.equal(again[1], gradient)
+
+
 def test_collected_statistics_of_the_same_tokens_cost_exactly_nothing(body):
     x, mask = torch.randn(3, 40, 12) * 5 + 100, torch.rand(3, 40) < 0.5
     statistics = ChannelStatistics()
@@ -247,7 +266,8 @@ def test_opcheck(body):
     ("arguments", "message"),
     [
         ({"form": "cubic"}, "form must be absolute or squared, got cubic"),
-        ({"x": torch.zeros(3, 4).int()}, r"x must be floating point \[..., C\], got torch.int32"),
+        ({"x": torch.zeros(3, 4).int()}, r"x must be float16, bfloat16, float32 or float64 \[..., C\], got torch.int32"),
+        ({"x": torch.zeros(3, 4).to(torch.float8_e5m2)}, r"x must be float16, bfloat16, float32 or float64 \[..., C\], got torch.float8_e5m2"),
         ({"mean_f": torch.zeros(5)}, r"mean_f must be \[4\], got \(5,\)"),
         ({"var_f": torch.zeros(1, 4)}, r"var_f must be \[4\], got \(1, 4\)"),
         ({"mask": torch.ones(3)}, r"mask must be bool \(3,\), got torch.float32 \(3,\)"),

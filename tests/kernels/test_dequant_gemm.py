@@ -78,6 +78,24 @@ def test_gradients_in_float64():
     x, bias = torch.randn(3, 33, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64, requires_grad=True)
     packed = weight.pack()
     assert torch.autograd.gradcheck(lambda x, bias: dequant_gemm(x, packed, weight.scales, weight.zeros, bias, bits=3), (x, bias))
+    assert torch.autograd.gradgradcheck(lambda x, bias: dequant_gemm(x, packed, weight.scales, weight.zeros, bias, bits=3).sin(), (x, bias))
+
+
+@pytest.mark.parametrize("choice", ["auto", "int8"])
+def test_a_gradient_penalty_has_a_gradient(body, choice):
+    """The second derivative is that of dense weights."""
+    weight = random_weight(37, 96, 3, 32, zeros=True)
+    packed, dense = weight.pack(), weight.dequantize()
+
+    def penalty(product):
+        x = torch.linspace(-1, 1, 5 * 96).view(5, 96).requires_grad_()
+        y = product(x)
+        (slope,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+        return torch.autograd.grad((slope.pow(2) * x).sum(), x)[0]
+
+    got = penalty(lambda x: dequant_gemm(x, packed, weight.scales, weight.zeros, bits=3, activations=choice))
+    wanted = penalty(lambda x: x @ dense.t())
+    assert (got - wanted).norm() < (1e-5 if choice == "auto" else 0.05) * wanted.norm()
 
 
 @pytest.mark.parametrize("bits", packing.BITS)
@@ -237,7 +255,8 @@ def good_arguments():
     [
         ({"activations": "int4"}, "activations must be one of auto, int16, int8, int8_token, got int4"),
         ({"bits": 5}, "bits must be one of 2, 3, 4, 8, got 5"),
-        ({"x": torch.zeros(2, 32).int()}, r"x must be floating point \[..., K\], got torch.int32 \(2, 32\)"),
+        ({"x": torch.zeros(2, 32).int()}, r"x must be float16, bfloat16, float32 or float64 \[..., K\], got torch.int32 \(2, 32\)"),
+        ({"x": torch.zeros(2, 32).to(torch.float8_e4m3fn)}, r"x must be float16, bfloat16, float32 or float64 \[..., K\], got torch.float8_e4m3fn"),
         ({"scales": torch.ones(3, 4)}, r"scales must be float16 or float32 \[G, N\] with G dividing K = 32, got torch.float32 \(3, 4\)"),
         ({"scales": torch.ones(2, 4).bfloat16()}, "scales must be float16 or float32"),
         ({"qweight": torch.zeros(1, 3, 16, dtype=torch.int32)}, r"qweight must be int32 \(1, 4, 16\), got torch.int32 \(1, 3, 16\)"),

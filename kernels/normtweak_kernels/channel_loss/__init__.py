@@ -85,16 +85,22 @@ def _backward(ctx, grad, _grad_mean, _grad_var):
     return grad_x, None, None, None, None
 
 
+def _second_backward(ctx, grad):
+    raise ValueError("channel_loss: must be differentiated once, got a derivative of its gradient")
+
+
 torch.library.register_autograd("normtweak::channel_loss", _backward, setup_context=_setup_context)
+# Without this torch warns and leaves the gradient's own dependence on x out.
+torch.library.register_autograd("normtweak::channel_loss_backward", _second_backward)
 
 
 def channel_loss(x: Tensor, mean_f: Tensor, var_f: Tensor, mask: Tensor | None = None, *, form: str = "absolute") -> Tensor:
     """Eq. 2 of the paper between the channels of `x` and the float model's statistics; differentiable in x (once).
 
-    x: [..., C], any float dtype; accumulated in float32 (float64 for float64). mean_f, var_f: [C], float32 or float64, constants (no gradient);
+    x: [..., C], float16, bfloat16, float32 or float64; accumulated in float32 (float64 for float64). mean_f, var_f: [C], float32 or float64, constants (no gradient);
     `ChannelStatistics` collects them. mask: bool, x's shape without C; True keeps a token. form: "absolute" or "squared".
     Returns a scalar, float32 (float64 for float64). NaN when the mask keeps no token
-    (whether it does is not looked at: on a GPU that would wait for the device). Raises ValueError for other shapes or forms.
+    (whether it does is not looked at: on a GPU that would wait for the device). Raises ValueError for other shapes, dtypes or forms.
     """
     mean_f, var_f = _checked(x, mean_f, var_f, mask, form)
     return torch.ops.normtweak.channel_loss(x, mean_f, var_f, mask, form == "squared")[0]

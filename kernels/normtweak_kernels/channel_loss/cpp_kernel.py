@@ -33,7 +33,7 @@ def _tokens(x: Tensor, mask: Tensor | None) -> tuple[object, ...]:
 def channel_statistics(x: Tensor, mask: Tensor | None) -> tuple[int, Tensor, Tensor]:
     """See statistics.py."""
     x, mask = x.contiguous(), _contiguous(mask)
-    mean, m2 = (torch.empty(x.shape[-1], dtype=torch.float64) for _ in range(2))
+    mean, m2 = (torch.empty(x.shape[-1], dtype=torch.float64, device="cpu") for _ in range(2))
     count = native.loaded().channel_statistics(torch.get_num_threads(), *_tokens(x, mask), native.address(mean), native.address(m2))
     return count, mean, m2
 

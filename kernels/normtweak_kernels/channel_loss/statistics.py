@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import registry
+from ..precision import FLOATS
 
 
 def check_tokens(op: str, x: Tensor, mask: Tensor | None) -> None:
-    """Raise ValueError unless x is floating point [..., C] and mask, if any, bool of x's shape without C."""
-    if x.dim() < 1 or not x.is_floating_point():
-        raise ValueError(f"{op}: x must be floating point [..., C], got {x.dtype} {tuple(x.shape)}")
+    """Raise ValueError unless x is float16, bfloat16, float32 or float64 [..., C] and mask, if any, bool of x's shape without C."""
+    if x.dim() < 1 or x.dtype not in FLOATS:
+        raise ValueError(f"{op}: x must be float16, bfloat16, float32 or float64 [..., C], got {x.dtype} {tuple(x.shape)}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
         raise ValueError(f"{op}: mask must be bool {tuple(x.shape[:-1])}, got {mask.dtype} {tuple(mask.shape)}")
 

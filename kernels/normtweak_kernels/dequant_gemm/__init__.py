@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import gpu, native, packing, registry
+from ..precision import FLOATS
 from . import cpp_kernel, reference  # noqa: F401  (they register their bodies)
 
 for _op in ("dequant_gemm", "dequant_gemm_backward"):
@@ -56,7 +57,19 @@ def _backward(ctx, grad):
     return grad_x, None, None, None, grad_bias, None, None
 
 
+def _setup_backward_context(ctx, inputs, output) -> None:
+    _grad, qweight, scales, zeros, ctx.bits, _k = inputs
+    ctx.save_for_backward(qweight, scales, zeros)
+
+
+def _backward_of_backward(ctx, grad):
+    # The gradient in x is linear in that in y, by the same weight: derivatives of any order are these two ops.
+    grad_grad = torch.ops.normtweak.dequant_gemm(grad, *ctx.saved_tensors, None, ctx.bits, "auto") if ctx.needs_input_grad[0] else None
+    return grad_grad, None, None, None, None, None
+
+
 torch.library.register_autograd("normtweak::dequant_gemm", _backward, setup_context=_setup_context)
+torch.library.register_autograd("normtweak::dequant_gemm_backward", _backward_of_backward, setup_context=_setup_backward_context)
 
 
 # How x enters the product; see `dequant_gemm`.
@@ -82,8 +95,8 @@ def dequant_gemm(
     packing.check_bits("dequant_gemm", bits)
     if activations not in ACTIVATIONS:
         raise ValueError(f"dequant_gemm: activations must be one of {', '.join(ACTIVATIONS)}, got {activations}")
-    if x.dim() < 1 or not x.is_floating_point():
-        raise ValueError(f"dequant_gemm: x must be floating point [..., K], got {x.dtype} {tuple(x.shape)}")
+    if x.dim() < 1 or x.dtype not in FLOATS:
+        raise ValueError(f"dequant_gemm: x must be float16, bfloat16, float32 or float64 [..., K], got {x.dtype} {tuple(x.shape)}")
     k = x.shape[-1]
     if scales.dim() != 2 or scales.dtype not in (torch.float16, torch.float32) or scales.shape[0] < 1 or k % scales.shape[0]:
         raise ValueError(f"dequant_gemm: scales must be float16 or float32 [G, N] with G dividing K = {k}, got {scales.dtype} {tuple(scales.shape)}")
@@ -98,7 +111,8 @@ def dequant_gemm(
         raise ValueError(f"dequant_gemm: the weight must have rows and columns, got {n} x {k}")
     registry.check_transforms("dequant_gemm", x, bias)
     args = (x, qweight, scales, zeros, bias, bits, activations)
-    return registry.select("dequant_gemm", *args).run(*args) if registry.eager(x, bias) else torch.ops.normtweak.dequant_gemm(*args)
+    direct = registry.eager(x, bias) and not x.is_meta
+    return registry.select("dequant_gemm", *args).run(*args) if direct else torch.ops.normtweak.dequant_gemm(*args)
 
 
 class Prepared:
