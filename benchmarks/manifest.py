@@ -77,6 +77,7 @@ def gemm(target: str, config: DequantGemmGpu, weight: tuple[int, int, bool, str]
     else:
         arguments |= {"BLOCK_K": max(64, min(config.block_k, 2 * (group_size or config.block_k))), "SPLIT_K": config.split_k, "EVEN_K": True}
         arguments |= {"y_ptr": "*fp32" if config.split_k > 1 else f"*{dtype}", "bias_ptr": None, "x_scale_ptr": "*fp32" if regime == "int8" else None}
+        arguments["x_sums_ptr"] = "*i32" if regime == "int8" and bits == 8 and zeros else None
     tile = (config.block_n // 2, arguments["BLOCK_K"]) if backward else (config.block_n, arguments["BLOCK_K"] // 2)
     arguments |= rows_per_load(bits, *tile, config.num_warps)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
@@ -95,7 +96,7 @@ def products(target: str) -> Iterator[Entry]:
     if lists.gemv_max_rows > 1:
         yield from (gemv(target, lists.gemv[0], weight, lists.gemv_max_rows) for weight in WEIGHTS[:3])
     firsts = [
-        (regime, [config], [weight for weight in WEIGHTS if first.get((weight[0], weight[1] > 0)) == config], 6)
+        (regime, [config], [weight for weight in WEIGHTS if first.get((weight[0], weight[1] > 0)) == config], 9)
         for regime, first in (("many rows", lists.many_rows_first), ("backward", lists.backward_first))
         for config in dict.fromkeys(first.values())
     ]

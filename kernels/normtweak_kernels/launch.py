@@ -168,9 +168,7 @@ _BACKWARD = (DequantGemmGpu(block_m=64, block_n=64, block_k=64, num_warps=4, num
 # without cutting words apart; with groups two stages of them spill.
 _BACKWARD_WIDE = DequantGemmGpu(block_m=64, block_n=64, block_k=256, num_warps=8, num_stages=2)
 _BACKWARD_3_BITS = replace(_BACKWARD_WIDE, block_n=128)
-# 64 words of 8 bits in a row of the tile would be copied across rows, half a sector at a time.
-_BACKWARD_8_BITS = replace(_BACKWARD_WIDE, block_k=128, num_warps=4)
-_BACKWARD_FIRST = {(bits, grouped): _BACKWARD_8_BITS if bits == 8 else _BACKWARD_WIDE for bits in (2, 4, 8) for grouped in (False, True)} | {
+_BACKWARD_FIRST = {(bits, grouped): _BACKWARD_WIDE for bits in (2, 4, 8) for grouped in (False, True)} | {
     (3, False): _BACKWARD_3_BITS,
     (3, True): replace(_BACKWARD_3_BITS, num_stages=3),
 }
@@ -209,8 +207,15 @@ DEQUANT_GEMM_GPU = {
         backward=(DequantGemmGpu(block_m=256, block_n=64, block_k=128, num_warps=8, num_stages=3), *_BACKWARD),
         backward_first={},
     ),
-    # B200: its memory is 2.4 times as fast as H100's, its float32 units are not. Two rows of sums spill.
-    "sm_100": replace(_SM_80, multiprocessors=148, gemv_max_rows=1, backward=_BACKWARD_TWO_STAGES),
+    # B200: its memory is 2.4 times as fast as H100's, its float32 units are not. Two rows of sums spill. Products keep sums in a memory of their own: four
+    # warps have the registers for a tile, of eight those of 3 bits in groups spill.
+    "sm_100": replace(
+        _SM_80,
+        multiprocessors=148,
+        gemv_max_rows=1,
+        many_rows=(replace(_MANY_ROWS[0], num_warps=4), _MANY_ROWS[1]),
+        backward=_BACKWARD_TWO_STAGES,
+    ),
     # RTX 5090: sm_89's shared memory, mma.sync, twice the bandwidth. Its tensor cores are slow beside its other units: small tiles are enough for
     # them, and larger ones spill with 3 bits in groups.
     "sm_120": replace(
@@ -230,6 +235,7 @@ DEQUANT_GEMM_GPU = {
         multiprocessors=304,
         gemv_max_rows=1,
         gemv=tuple(DequantGemvGpu(num_warps=warps, chunks=2) for warps in (4, 2, 8)),
+        few_rows=tuple(replace(config, num_stages=3) for config in _FEW_ROWS),
         many_rows=(
             DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=2),
             DequantGemmGpu(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=2),

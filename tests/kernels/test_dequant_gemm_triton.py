@@ -153,10 +153,10 @@ def test_rounded_activations(activations):
 
 def test_which_kernel_runs():
     def kernels(m, activations="auto", dtype=torch.float16, capability=80):
-        names = "gemv", "gemm", "gemm_int8", "quantize_tokens"
+        names = "gemv", "gemm", "gemm_int8"
         with interpreted(capability), mock.patch.multiple(triton_kernel, **{name: mock.MagicMock(name=name) for name in names}) as _:
             for name in names:
-                getattr(triton_kernel, name).return_value = torch.zeros(m, 4, dtype=dtype) if name != "quantize_tokens" else (None, None)
+                getattr(triton_kernel, name).return_value = torch.zeros(m, 4, dtype=dtype)
             triton_kernel.dequant_gemm(torch.zeros(m, 64, dtype=dtype), *ARGUMENTS, None, 4, activations)
             return [(name, getattr(triton_kernel, name).call_args) for name in names if getattr(triton_kernel, name).called]
 
@@ -170,7 +170,7 @@ def test_which_kernel_runs():
     assert names(8, dtype=torch.float32) == ["gemv"]
     assert names(1, "int8_token") == names(1, "int8") == ["gemv"]
     assert names(8, "int8_token") == ["gemm"]
-    assert names(64, "int8_token") == ["gemm_int8", "quantize_tokens"]
+    assert names(64, "int8_token") == ["gemm_int8"]
     assert [kernels(m)[0][1].args[-1].block_m for m in (16, 17, 64, 65)] == [16, 32, 64, 64]
 
 

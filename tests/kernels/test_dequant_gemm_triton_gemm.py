@@ -61,9 +61,8 @@ def check_int8(shape, bits, zeros, dtype, config, scale_dtype, context):
     weight = random_weight(n, k, bits, group_size, zeros=zeros, scale_dtype=scale_dtype)
     x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
     with context as reports:
-        x_int8, x_scale = quantize_tokens(x)
-        y = gemm_int8(x_int8, x_scale, weight.pack(), weight.scales, weight.zeros, bias, bits, config, dtype)
-    rounded = x_int8.double() * x_scale[:, None].double()
+        y = gemm_int8(x, weight.pack(), weight.scales, weight.zeros, bias, bits, config)
+    rounded = quantize_activations(x.float(), 1, "int8_token").double()
     plain = torch.nn.functional.linear(rounded.to(dtype), weight.dequantize().to(dtype), bias)
     assert_accurate(y, plain, torch.nn.functional.linear(rounded, weight.dequantize(torch.float64), bias.double()))
     return reports
@@ -107,18 +106,15 @@ def test_simulator_everything(shape, config, scale_dtype, bits, zeros, capabilit
 
 @pytest.mark.ptx
 @each_check
+@each_capability
 @each_bits
-def test_memory_is_read_in_whole_sectors_and_without_conflicts(bits, check):
-    capability = CAPABILITIES[(packing.BITS.index(bits) + CHECKS.index(check)) % 2]
-    backward = DEQUANT_GEMM_GPU["sm_80"].gradients(bits, 4)[0]
-    config = backward if check is check_backward else DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=2)
-    # The sums of x that int8 with zeros of 8 bits needs keep the compiler from laying x out for the product alone.
-    zeros = not (check is check_int8 and bits == 8)
-    # The copies of the scales of four groups conflict where there are 64 rows of them. Of int8 four threads read four words of a row, which lie a whole
-    # number of turns of the banks apart.
-    ways = {(check_backward, 3): 3.4, (check_int8, 8): 4.0}.get((check, bits), 2.0)
-    reports = check((128, 128, 256, 64), bits, zeros, torch.float16, config, torch.float16, simulated(capability, OUTPUTS))
-    assert_coalesced(reports, ways=ways)
+def test_memory_is_read_in_whole_sectors_and_without_conflicts(bits, capability, check):
+    """In the launches that run untuned: two tiles along the sum, as many groups in one as there may be."""
+    lists = DEQUANT_GEMM_GPU[f"sm_{capability}"]
+    config = {check_forward: lists.products(bits, 4), check_backward: lists.gradients(bits, 4), check_int8: lists.int8}[check][0]
+    shape = (config.block_m, 2 * config.block_n, config.block_k, 32) if check is check_backward else (config.block_m, config.block_n, 256, 64)
+    reports = check(shape, bits, True, torch.float16, config, torch.float16, simulated(capability, OUTPUTS))
+    assert_coalesced(reports)
     copied = [row for report in reports for row in report.access_table() if row[1].startswith("cp.async")]
     assert copied, "x and the words are copied asynchronously"
 
@@ -137,7 +133,7 @@ def test_nothing_waits_for_the_device():
     packed, x = (weight.pack(), weight.scales, weight.zeros), torch.randn(5, 512).half()
     with only_launched() as names:
         gemm(x, *packed, None, 4, CONFIGS[0])
-        gemm_int8(*quantize_tokens(x), *packed, None, 4, CONFIGS[1], torch.float16)
+        gemm_int8(x, *packed, None, 4, CONFIGS[1])
         grad_x(x[:, :40].contiguous(), *packed, 4, 512, CONFIGS[1])
     fwd = "dequant_gemm_fwd_kernel"
     assert names == [fwd, "dequant_gemm_sum_kernel", "quantize_tokens_kernel", fwd, "dequant_gemm_bwd_kernel"]
@@ -158,7 +154,7 @@ def test_tokens_are_quantized_as_the_reference_does(k):
 
 
 def test_sums_of_bytes_that_would_overflow_are_refused():
-    x = torch.zeros(1, 2**16 + 32, dtype=torch.int8)
+    x = torch.zeros(1, 2**16 + 32).half()
     weight = random_weight(16, x.shape[1], 8, -1, zeros=False)
     with pytest.raises(ValueError, match="gemm_int8: K must be at most 65536"):
-        gemm_int8(x, torch.ones(1), weight.pack(), weight.scales, None, None, 8, CONFIGS[0], torch.float16)
+        gemm_int8(x, weight.pack(), weight.scales, None, None, 8, CONFIGS[0])

@@ -75,13 +75,14 @@ def runs_untuned(entry, target):
     from normtweak_kernels.launch import DEQUANT_GEMM_GPU
 
     const = entry["const"]
-    first = DEQUANT_GEMM_GPU[target].products(const["BITS"], 2 if const["GROUP_SIZE"] else 1)[0]
+    lists, weight = DEQUANT_GEMM_GPU[target], (const["BITS"], 2 if const["GROUP_SIZE"] else 1)
+    first = (lists.gradients(*weight) if entry["name"] == "dequant_gemm backward" else lists.products(*weight))[0]
     return (const["BLOCK_M"], const["BLOCK_N"], entry["opt"]["num_stages"]) == (first.block_m, first.block_n, first.num_stages)
 
 
 def check(entry, target, monkeypatch):
     row, wide, loads = examine(entry, target, monkeypatch)
-    if entry["name"] == "dequant_gemm many rows" and target in CEILED and runs_untuned(entry, target):
+    if entry["name"] in ("dequant_gemm many rows", "dequant_gemm backward") and target in CEILED and runs_untuned(entry, target):
         assert row["tensor_ceiling"] >= LEAST_CEILING, (entry, target, row["tensor_ceiling"])
     if target in CEILED:
         assert wide >= LEAST_WIDE * loads, (entry, target, wide, loads)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import packing
 from ..launch import DequantGemmGpu
-from .triton_unpack import as_columns, as_rows, int8_of, packed_pairs, parameters_of, unpacking_tables, weights_of
+from .triton_unpack import as_columns, as_rows, int8_of, packed_words, pairs_of, parameters_of, unpacking_tables, weights_of
 
 
 @triton.jit
@@ -27,15 +27,33 @@ def _tile(m_blocks, n_blocks, GROUP_M: tl.constexpr):
     return first + inside % rows, inside // rows
 
 
+@triton.jit
+def _add_remainder(
+    acc, x_sums_ptrs, mask_m, scales_ptr, zeros_ptr, qweight_ptr, n, pid_k, M, N, K,
+    SCALE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """acc + what products with code - 128 lack (int8_of): (128 - zero) times a group's sum of x. The parts of K take turns."""
+    for group in range(pid_k, tl.cdiv(K, GROUP_SIZE) if GROUP_SIZE > 0 else 1, SPLIT_K):
+        x_sum = tl.load(x_sums_ptrs + tl.cast(group, tl.int64) * M, mask=mask_m, other=0)[None, :]
+        rest = 128 - (parameters_of(zeros_ptr, group * GROUP_SIZE, n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, BLOCK_K) & 255)
+        if GROUP_SIZE > 0:
+            scales = parameters_of(scales_ptr, group * GROUP_SIZE, n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, BLOCK_K)
+            acc += rest.to(tl.float32) * scales.to(tl.float32) * x_sum.to(tl.float32)
+        else:
+            acc += rest * x_sum
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def dequant_gemm_fwd_kernel(
-    x_ptr, qweight_ptr, scales_ptr, zeros_ptr, bias_ptr, x_scale_ptr, y_ptr, M, N, K,
+    x_ptr, qweight_ptr, scales_ptr, zeros_ptr, bias_ptr, x_scale_ptr, x_sums_ptr, y_ptr, M, N, K,
     BITS: tl.constexpr, PER: tl.constexpr, PER_HIGH: tl.constexpr, SCALE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x @ dequant(W)^T + bias, or with SPLIT_K > 1 its partial sums [SPLIT_K, M, N] without bias.
 
-    GROUP_SIZE 0: a scale per channel. x int8: x_scale [M] is its rows' scale. EVEN_K: BLOCK_K divides K.
+    GROUP_SIZE 0: a scale per channel. x int8: x_scale [M] is its rows' scale; x_sums [G, M], given for weights of 8 bits with zeros, are the sums over
+    its groups. EVEN_K: BLOCK_K divides K.
     """
     pid_m, pid_n = _tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     pid_k = tl.program_id(1)
@@ -46,8 +64,6 @@ def dequant_gemm_fwd_kernel(
     # What is the fewer multiplications: of the weights, or of the products of a group.
     SCALE_WEIGHTS: tl.constexpr = GROUP_SIZE > 0 and not INTEGER and BLOCK_M > HALF
     SCALE_PRODUCTS: tl.constexpr = GROUP_SIZE > 0 and not SCALE_WEIGHTS
-    # Of 8 bits the product of int8 has code - 128; the rest is (128 - zero) times the sum of x.
-    REMAINDER: tl.constexpr = INTEGER and BITS == 8 and zeros_ptr is not None
 
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     first_n = pid_n * BLOCK_N
@@ -57,7 +73,7 @@ def dequant_gemm_fwd_kernel(
     x_ptr += pid_m.to(tl.int64) * BLOCK_M * K
     qweight_ptr += pid_n.to(tl.int64) * (BLOCK_N // 16) * panel
     offs_x = offs_m[None, :] * K + tl.arange(0, HALF)[:, None]
-    tables = unpacking_tables(qweight_ptr, K, BITS)
+    tables = unpacking_tables(qweight_ptr, K, BITS, 4 if INTEGER else 2)
 
     if GROUP_SIZE == 0 and zeros_ptr is not None:
         channel_zeros = parameters_of(zeros_ptr, 0, first_n, K, N, qweight_ptr, 0, 8, BLOCK_N, HALF)
@@ -69,30 +85,39 @@ def dequant_gemm_fwd_kernel(
             mask_x = mask_m[None, :]
             if not EVEN_K:
                 mask_x = mask_x & (k + tl.arange(0, HALF) < K)[:, None]
+            words = packed_words(qweight_ptr, panel, rows_left, k, K, tables, BITS, PER, PER_HIGH, BLOCK_N, HALF, False, EVEN_K)
             x = tl.load(x_ptr + k + offs_x, mask=mask_x, other=0)
-            pairs = packed_pairs(qweight_ptr, panel, rows_left, k, K, tables, BITS, PER, PER_HIGH, BLOCK_N, HALF, EVEN_K)
             # Loaded once a step where both halves lie in one group.
             if GROUP_SIZE > 0 and (half == 0 or GROUP_SIZE % BLOCK_K != 0):
-                scales = parameters_of(scales_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF)
+                scales = parameters_of(scales_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF, False, EVEN_K)
                 if zeros_ptr is not None:
-                    group_zeros = parameters_of(zeros_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, HALF)
+                    group_zeros = parameters_of(zeros_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, HALF, False, EVEN_K)
             if zeros_ptr is not None:
                 zeros = group_zeros if GROUP_SIZE > 0 else channel_zeros
             else:
                 zeros = None
             if INTEGER:
-                w = int8_of(pairs, zeros, BITS)
+                w = int8_of(words, zeros, tables, BITS)
             else:
+                pairs = pairs_of(words, tables, BITS)
                 w = tl.reshape(weights_of(pairs, zeros, scales if SCALE_WEIGHTS else None, tables, BITS, dtype), [BLOCK_N, HALF])
             if SCALE_PRODUCTS:
-                product = tl.dot(w, x, out_dtype=tl.int32 if INTEGER else tl.float32)
-                if REMAINDER:
-                    product += (128 - (zeros & 255)) * tl.sum(x.to(tl.int32), 0)[None, :]
-                acc += product.to(tl.float32) * scales.to(tl.float32)
+                if INTEGER:
+                    tl.static_assert(HALF <= 256)
+                    # Integers below 2^22, made float32 as bits of a mantissa: conversions run at a quarter of the rate or less.
+                    product = tl.dot(w, x, tl.full([BLOCK_N, BLOCK_M], 0x4B400000, tl.int32), out_dtype=tl.int32)
+                    product = product.to(tl.float32, bitcast=True) - 12582912.0
+                else:
+                    product = tl.dot(w, x)
+                acc += product * scales.to(tl.float32)
             else:
                 acc = tl.dot(w, x, acc, out_dtype=tl.int32 if INTEGER else tl.float32)
-                if REMAINDER:
-                    acc += (128 - (zeros & 255)) * tl.sum(x.to(tl.int32), 0)[None, :]
+
+    if x_sums_ptr is not None:
+        x_sums_ptrs = x_sums_ptr + pid_m * BLOCK_M + offs_m
+        acc = _add_remainder(
+            acc, x_sums_ptrs, mask_m, scales_ptr, zeros_ptr, qweight_ptr, first_n, pid_k, M, N, K, SCALE_BITS, GROUP_SIZE, BLOCK_N, HALF, SPLIT_K
+        )
 
     y = acc.to(tl.float32)
     if GROUP_SIZE == 0:
@@ -134,7 +159,7 @@ def dequant_gemm_bwd_kernel(
     panel = tl.cdiv(K, 32) * (BITS * 16)
     grad_ptr += pid_m.to(tl.int64) * BLOCK_M * N
     offs_g = offs_m[None, :] * N + offs_h[:, None]
-    tables = unpacking_tables(qweight_ptr, K, BITS)
+    tables = unpacking_tables(qweight_ptr, K, BITS, 2)
 
     acc = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
     for step in range(0, tl.cdiv(N, BLOCK_N)):
@@ -145,13 +170,13 @@ def dequant_gemm_bwd_kernel(
             if not EVEN_N:
                 mask_g = mask_g & mask_n[:, None]
             grad = tl.load(grad_ptr + n + offs_g, mask=mask_g, other=0)
-            words = qweight_ptr + (n // 16).to(tl.int64) * panel
-            pairs = packed_pairs(words, panel, tl.cdiv(N, 16) * 16 - n, first_k, K, tables, BITS, PER, PER_HIGH, HALF, BLOCK_K, False)
+            panels = qweight_ptr + (n // 16).to(tl.int64) * panel
+            words = packed_words(panels, panel, tl.cdiv(N, 16) * 16 - n, first_k, K, tables, BITS, PER, PER_HIGH, HALF, BLOCK_K, EVEN_N, False)
             zeros = None
             if zeros_ptr is not None:
-                zeros = parameters_of(zeros_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, 8, HALF, BLOCK_K)
-            scales = parameters_of(scales_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, HALF, BLOCK_K)
-            w = as_rows(weights_of(pairs, zeros, scales, tables, BITS, dtype))
+                zeros = parameters_of(zeros_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, 8, HALF, BLOCK_K, EVEN_N)
+            scales = parameters_of(scales_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, HALF, BLOCK_K, EVEN_N)
+            w = as_rows(weights_of(pairs_of(words, tables, BITS), zeros, scales, tables, BITS, dtype))
             acc = tl.dot(w, grad, acc)
 
     grad_x_ptr += pid_m.to(tl.int64) * BLOCK_M * K + first_k
@@ -210,7 +235,7 @@ def _divisor(block: int, size: int) -> int:
 
 
 def _multiply(
-    x: Tensor, x_scale: Tensor | None, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
+    x: Tensor, x_scale: Tensor | None, x_sums: Tensor | None, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
     bits: int, config: DequantGemmGpu, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     m, k, (groups, n) = *x.shape, scales.shape
@@ -222,7 +247,7 @@ def _multiply(
     out = y if split_k == 1 else x.new_empty((split_k, m, n), dtype=torch.float32)
     blocks = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     dequant_gemm_fwd_kernel[(blocks, split_k)](
-        x, qweight, _in_words(scales), _in_words(zeros), bias if split_k == 1 else None, x_scale, out, m, n, k,
+        x, qweight, _in_words(scales), _in_words(zeros), bias if split_k == 1 else None, x_scale, x_sums, out, m, n, k,
         BITS=bits, **rows_per_load(bits, config.block_n, block_k // 2, config.num_warps, _aligned(qweight)), SCALE_BITS=8 * scales.itemsize,
         GROUP_SIZE=group_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, SPLIT_K=split_k,
         GROUP_M=config.group_m, EVEN_K=k % block_k == 0, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
@@ -241,7 +266,7 @@ QUANTIZE_BLOCK = 2048
 
 def gemm(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, config: DequantGemmGpu) -> Tensor:
     """x @ dequant(W)^T + bias: x float16 or bfloat16 [M, K], contiguous like all others; the rest as `dequant_gemm`. Returns [M, N]."""
-    return _multiply(x, None, qweight, scales, zeros, bias, bits, config, x.dtype)
+    return _multiply(x, None, None, qweight, scales, zeros, bias, bits, config, x.dtype)
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,17 +277,17 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return x_int8, scale
 
 
-def gemm_int8(
-    x: Tensor, x_scale: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
-    bits: int, config: DequantGemmGpu, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """(x * x_scale) @ dequant(W)^T + bias: x int8 [M, K], x_scale float32 [M]; sums of integers, exact within a group. Returns dtype [M, N].
+def gemm_int8(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, config: DequantGemmGpu) -> Tensor:
+    """As `gemm`, of x rounded to int8 by `quantize_tokens`; sums of integers, exact within a group.
 
     Raises ValueError where sums over one group may overflow int32.
     """
-    if bits == 8 and scales.shape[0] == 1 and x.shape[1] > 2**16:
-        raise ValueError(f"gemm_int8: K must be at most 65536 for 8 bits and one group, got {x.shape[1]}")
-    return _multiply(x, x_scale, qweight, scales, zeros, bias, bits, config, dtype)
+    (m, k), groups = x.shape, scales.shape[0]
+    if bits == 8 and groups == 1 and k > 2**16:
+        raise ValueError(f"gemm_int8: K must be at most 65536 for 8 bits and one group, got {k}")
+    x_int8, x_scale = quantize_tokens(x)
+    x_sums = x_int8.view(m, groups, -1).sum(2, dtype=torch.int32).t().contiguous() if bits == 8 and zeros is not None else None
+    return _multiply(x_int8, x_scale, x_sums, qweight, scales, zeros, bias, bits, config, x.dtype)
 
 
 def grad_x(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, k: int, config: DequantGemmGpu) -> Tensor:

@@ -19,7 +19,7 @@ from triton.runtime.errors import OutOfResources
 from .. import gpu, packing, registry, tuning
 from ..launch import DEQUANT_GEMM_GPU, DequantGemmGpu, DequantGemmGpuLists, DequantGemvGpu, nearest_architecture
 from .reference import quantize_activations
-from .triton_gemm import gemm, gemm_int8, grad_x, quantize_tokens
+from .triton_gemm import gemm, gemm_int8, grad_x
 from .triton_gemv import MAX_ROWS, gemv
 
 Config = DequantGemvGpu | DequantGemmGpu
@@ -116,8 +116,7 @@ def _launch(
     """x [M, K] and all others contiguous -> [M, N], by the kernel that the configuration is for."""
     weight = qweight, scales, zeros, bias, bits
     if activations == "int8_token" and x.shape[0] > MAX_ROWS and isinstance(config, DequantGemmGpu):
-        x_int8, x_scale = quantize_tokens(x)
-        return gemm_int8(x_int8, x_scale, *weight, config, x.dtype)
+        return gemm_int8(x, *weight, config)
     rounded = x if activations in ("auto", "int16") else quantize_activations(x, scales.shape[0], activations)
     if isinstance(config, DequantGemvGpu):
         return gemv(rounded, *weight, config, x.dtype)

@@ -21,18 +21,19 @@ def _as_loaded(values, ptr, K):
 
 
 @triton.jit
-def unpacking_tables(ptr, K, BITS: tl.constexpr):
+def unpacking_tables(ptr, K, BITS: tl.constexpr, RUN: tl.constexpr):
     """What turns words into weights, made once before the loop.
 
-    The first two say where in a word the k-th pair of its codes begins, the second code 8 bits behind the first: k = 4r + j is field r of byte j
-    (packing.py). Of 3 bits the first is for the low two, the second, less 2 and modulo 32, for the high bit. Then which of two words in an int64, and
+    The first two say where in a word the k-th run of RUN of its codes begins, 2 or 4, each code 8 bits behind the one before: k = 4r + j is field r of
+    byte j (packing.py). Of 3 bits the first is for the low two, the second, less 2 and modulo 32, for the high bit. Then which of two words in an int64, and
     the bits of the powers of two, in float32, whose mantissas count ones from bit 0 and from bit 8 on: known to be constant they would take an
     instruction more each time.
     """
     FIELD: tl.constexpr = 2 if BITS == 3 else BITS
-    pair, high_pair = tl.arange(0, 16 // FIELD), tl.arange(0, 16)
-    shift = _as_loaded(16 * (pair % 2) + FIELD * (pair // 2), ptr, K).to(tl.int32)
-    rotation = _as_loaded((16 * (high_pair % 2) + high_pair // 2 + 30) % 32, ptr, K).to(tl.int32)
+    PER_ROW: tl.constexpr = 4 // RUN
+    run, high_run = tl.arange(0, 32 // FIELD // RUN), tl.arange(0, 32 // RUN)
+    shift = _as_loaded(16 * (run % PER_ROW) + FIELD * (run // PER_ROW), ptr, K).to(tl.int32)
+    rotation = _as_loaded((16 * (high_run % PER_ROW) + high_run // PER_ROW + 30) % 32, ptr, K).to(tl.int32)
     word = _as_loaded(32 * tl.arange(0, 2), ptr, K).to(tl.int64)
     second = tl.arange(0, 2)
     mask = _as_loaded(((1 << BITS) - 1) << 8 * second, ptr, K)
@@ -41,42 +42,85 @@ def unpacking_tables(ptr, K, BITS: tl.constexpr):
 
 
 @triton.jit
-def _words(ptr, panel, rows_left, offs_w, left, word_shift, PER: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr):
-    """A tile of packed words, PER rows at a time; `left` words of each panel (16 rows) lie before the end of K, rows_left rows before that of N."""
+def _words(
+    ptr, panel, panels_left, chunks_left, word_shift, FIRST: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """Of each chunk's BITS words those from FIRST on, WORDS of them: [BLOCK_N, CHUNKS * WORDS], PER rows' at a time.
+
+    Loaded in one dimension, memory's: shared memory then holds them in the same order, 16 rows beside each other for each word, which gives the
+    threads of a warp different banks both when they copy and when they read. Of two dimensions the compiler's order is another for small tiles, and the
+    same word of all rows lies together, a whole number of turns of the banks from the next.
+    """
     LANES: tl.constexpr = 16 // PER
-    offs = tl.arange(0, BLOCK_N // PER)
-    mask = (offs < rows_left // PER)[:, None]
+    offs = tl.arange(0, BLOCK_N // PER * CHUNKS * WORDS)
+    chunk, at_panel = offs // (WORDS * LANES) % CHUNKS, offs // (CHUNKS * WORDS * LANES)
+    # What is past the last one repeats it: it meets zeros of x, or isn't stored. No load waits for a mask.
+    if not EVEN_N:
+        at_panel = tl.minimum(at_panel, panels_left - 1)
     if not EVEN_K:
-        mask = mask & (offs_w < left)[None, :]
-    at = (offs // LANES * (panel // PER) + offs % LANES)[:, None] + offs_w[None, :] * LANES
-    if PER == 1:
-        return tl.load(ptr + at, mask=mask, other=0)
-    else:
-        words = tl.load(ptr.to(tl.pointer_type(tl.int64), bitcast=True) + at, mask=mask, other=0)
-        return tl.reshape(words[:, None, :] >> word_shift[None, :, None], [BLOCK_N, words.shape[1]]).to(tl.int32)
+        chunk = tl.minimum(chunk, chunks_left - 1)
+    at = at_panel * (panel // PER) + chunk * (BITS * LANES) + FIRST * LANES + offs % (WORDS * LANES)
+    if PER == 2:
+        ptr = ptr.to(tl.pointer_type(tl.int64), bitcast=True)
+    words = tl.permute(tl.reshape(tl.load(ptr + at), [BLOCK_N // 16, CHUNKS * WORDS, LANES]), (0, 2, 1))
+    if PER == 2:
+        words = (words[:, :, None, :] >> word_shift[None, None, :, None]).to(tl.int32)
+    return tl.reshape(words, [BLOCK_N, CHUNKS * WORDS])
 
 
 @triton.jit
-def packed_pairs(
+def packed_words(
     qweight_ptr, panel, rows_left, k, K, tables,
-    BITS: tl.constexpr, PER: tl.constexpr, PER_HIGH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    BITS: tl.constexpr, PER: tl.constexpr, PER_HIGH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Codes from k on, a multiple of 32, two in an int32 [BLOCK_N, BLOCK_K / 2]: from bits 0 and 8 on; what else is in it is undefined."""
+    """The words of codes from k on, a multiple of 32: [BLOCK_N, BLOCK_K * BITS / 32]; of 3 bits those of the low two, and those of the high bit."""
     ptr = qweight_ptr + k // 32 * (BITS * 16)
-    left = (tl.cdiv(K, 32) - k // 32) * BITS
+    CHUNKS: tl.constexpr = BLOCK_K // 32
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    panels_left, chunks_left = rows_left // 16, tl.cdiv(K, 32) - k // 32
+    low = _words(ptr, panel, panels_left, chunks_left, tables[2], 0, LOW, BITS, PER, BLOCK_N, CHUNKS, EVEN_N, EVEN_K)
+    high = low
     if BITS == 3:
-        i = tl.arange(0, BLOCK_K // 16)
-        low = _words(ptr, panel, rows_left, i // 2 * 3 + i % 2, left, tables[2], PER, BLOCK_N, EVEN_K)
-        high = _words(ptr, panel, rows_left, tl.arange(0, BLOCK_K // 32) * 3 + 2, left, tables[2], PER_HIGH, BLOCK_N, EVEN_K)
-        low = tl.reshape(low[:, :, None] >> tables[0][None, None, :], [BLOCK_N, BLOCK_K // 2])
+        high = _words(ptr, panel, panels_left, chunks_left, tables[2], 2, 1, BITS, PER_HIGH, BLOCK_N, CHUNKS, EVEN_N, EVEN_K)
+    return low, high
+
+
+@triton.jit
+def _moved(words, tables, BITS: tl.constexpr, LOW_MASK: tl.constexpr):
+    """The codes of `packed_words` in runs [N, K / RUN], a run from bit 0 on: of 3 bits what LOW_MASK has is the low two, all else is rotated for the third."""
+    low, high = words
+    low = tl.reshape(low[:, :, None] >> tables[0][None, None, :], [low.shape[0], low.shape[1] * tables[0].shape[0]])
+    if BITS == 3:
         # Rotated, as the high bit may lie below the third of the code, where it goes.
         high, right = high.to(tl.uint32, bitcast=True)[:, :, None], tables[1].to(tl.uint32, bitcast=True)[None, None, :]
         rotated = (high >> (right & 31)) | (high << ((0 - right) & 31))
-        high = tl.reshape(rotated.to(tl.int32, bitcast=True), [BLOCK_N, BLOCK_K // 2])
-        return (low & 0x303) | (high & ~0x303)
+        low = (low & LOW_MASK) | (tl.reshape(rotated.to(tl.int32, bitcast=True), low.shape) & ~LOW_MASK)
+    return low
+
+
+@triton.jit
+def pairs_of(words, tables, BITS: tl.constexpr):
+    """The codes of `packed_words`, two in an int32 [N, K / 2]: from bits 0 and 8 on; what else is in it is undefined."""
+    return _moved(words, tables, BITS, 0x303)
+
+
+@triton.jit
+def int8_of(words, zeros, tables, BITS: tl.constexpr):
+    """code - zero as int8 [N, K] of `packed_words`; of 8 bits always code - 128, as code - zero needs 9.
+
+    Four codes at a time, one in each byte as they come; a difference doesn't borrow from its neighbour, as the high bits are set before and taken away after.
+    """
+    HIGH_BITS: tl.constexpr = -0x7F7F7F80
+    if BITS == 8:
+        codes = words[0] ^ HIGH_BITS
     else:
-        words = _words(ptr, panel, rows_left, tl.arange(0, BLOCK_K * BITS // 32), left, tables[2], PER, BLOCK_N, EVEN_K)
-        return tl.reshape(words[:, :, None] >> tables[0][None, None, :], [BLOCK_N, BLOCK_K // 2])
+        codes = _moved(words, tables, BITS, 0x03030303) & ((1 << BITS) - 1) * 0x01010101
+        zero = 1 << (BITS - 1) if zeros is None else zeros & ((1 << BITS) - 1)
+        codes = ((codes | HIGH_BITS) - zero * 0x01010101) ^ HIGH_BITS
+    codes = tl.join(tl.join(codes, codes >> 16), tl.join(codes >> 8, codes >> 24)).to(tl.int8)
+    return tl.reshape(codes, [codes.shape[0], 4 * codes.shape[1]])
 
 
 @triton.jit
@@ -119,19 +163,9 @@ def as_columns(rows):
 
 
 @triton.jit
-def int8_of(pairs, zeros, BITS: tl.constexpr):
-    """code - zero as int8; of 8 bits always code - 128, as code - zero needs 9."""
-    MASK: tl.constexpr = (1 << BITS) - 1
-    codes = tl.reshape(tl.join(pairs, pairs >> 8), [pairs.shape[0], 2 * pairs.shape[1]])
-    if zeros is None or BITS == 8:
-        return ((codes & MASK) - (1 << (BITS - 1))).to(tl.int8)
-    else:
-        return ((codes & MASK) - (zeros & MASK)).to(tl.int8)
-
-
-@triton.jit
 def parameters_of(
-    ptr, k, n, K, N, qweight_ptr, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    ptr, k, n, K, N, qweight_ptr, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr = False, EVEN_K: tl.constexpr = False,
 ):  # fmt: skip
     """Scales or zeros, of BITS each, of BLOCK_N rows from n and BLOCK_K columns from k on: [BLOCK_N, 1], of several groups [BLOCK_N, BLOCK_K / 2].
 
@@ -140,10 +174,18 @@ def parameters_of(
     """
     GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE if GROUP_SIZE > 0 and GROUP_SIZE < BLOCK_K else 1
     PER: tl.constexpr = 64 // BITS if ptr.dtype.element_ty == tl.int64 else 1
-    groups = (k // GROUP_SIZE if GROUP_SIZE > 0 else 0) + tl.arange(0, GROUPS)
-    offs = n // PER + tl.arange(0, BLOCK_N // PER)
-    mask = (offs < N // PER)[:, None] & (groups * GROUP_SIZE < K)[None, :]
-    values = tl.load(ptr + (groups.to(tl.int64)[None, :] * (N // PER) + offs[:, None]), mask=mask, other=0)
+    ROWS: tl.constexpr = BLOCK_N // PER
+    # In one dimension and without a mask, like the words.
+    offs = tl.arange(0, GROUPS * ROWS)
+    group, row = offs // ROWS, offs % ROWS
+    if not EVEN_N:
+        row = tl.minimum(row, (N - n) // PER - 1)
+    if GROUP_SIZE > 0:
+        first = (k if EVEN_K else tl.minimum(k, K - 1)) // GROUP_SIZE
+        if GROUPS > 1 and not EVEN_K:
+            group = tl.minimum(group, (K - 1) // GROUP_SIZE - first)
+        ptr += first.to(tl.int64) * (N // PER)
+    values = tl.trans(tl.reshape(tl.load(ptr + n // PER + (group * (N // PER) + row)), [GROUPS, ROWS]))
     if PER > 1:
         shift = _as_loaded(tl.arange(0, PER) * BITS, qweight_ptr, K).to(tl.int64)
         values = tl.reshape(values[:, None, :] >> shift[None, :, None], [BLOCK_N, GROUPS])
