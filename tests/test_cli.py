@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 
 import pytest
 import torch
@@ -392,7 +393,9 @@ def test_ctrl_c_leaves_no_folder(small_model, tmp_path):
         "--calibration",
         "random",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A shell's background job ignores Ctrl-C, and so do its children unless they ask for it.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=listen)
     assert process.stdout is not None
     for line in process.stdout:
         if "block 0" in line:
