@@ -177,7 +177,7 @@ class PolishConfig:
     """How all norms of the packed model are polished together after the last block (polish.py; an extension of the paper).
 
     learning_rate: of Adam on relative steps, gain = gain0 * (1 + delta), falling linearly to 0; None tries several on a part of the text. iterations: passes over the calibration text.
-    batch_size: sequences a step. held_out: share of the sequences, at least one, that is not trained on. min_gain: the norms are left as the quantizer left them unless the divergence
+    batch_size: sequences a step. held_out: share of the sequences, one to 16 of them, that is not trained on. min_gain: the norms are left as the quantizer left them unless the divergence
     from the float model falls by this share there: what gains less on the model's own text gains nothing on other text (docs/experiments.md). extra_samples: sequences of the
     calibration's text that are polished on beside those that the quantizer is given; new text wins more than further passes over the old.
     """
@@ -369,8 +369,8 @@ def _default_tweak(bits: int) -> TweakConfig:
 def _default_polish(bits: int, settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     own: dict[str, Any] = {"learning_rate": 1e-2 if bits == 2 else 5e-3, "batch_size": 1 if bits == 3 else PolishConfig.batch_size}
     if bits == 2 and given.get("extra_samples") != 0:
-        # Five times the text wins twice as much, at 3 bits hardly more (docs/experiments.md); a twentieth of so much is enough to judge by.
-        own |= {"batch_size": 1, "held_out": 0.05, "extra_samples": 4 * _samples(settings)}
+        # Five times the text wins twice as much, at 3 bits hardly more (docs/experiments.md).
+        own |= {"batch_size": 1, "extra_samples": 4 * _samples(settings)}
     return dataclasses.asdict(PolishConfig()) | own | given
 
 

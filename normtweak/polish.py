@@ -31,6 +31,8 @@ from .progress import Progress
 POLISH_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 # Nats per token that sums over a vocabulary in float32 don't decide: two ways to compute the same model differ by 1e-8.
 ROUNDING = 1e-6
+# Sequences that the rest is judged by, at most: more take time and decide nothing.
+HELD_OUT = 16
 # Bytes of activations that are kept for the backward pass rather than computed again.
 KEPT = 2**30
 # Logits whose divergence is computed at a time: what a core's cache holds a few times over; what fills a GPU.
@@ -84,7 +86,7 @@ def polish(
     model.requires_grad_(False)
     own = {name: model.get_parameter(name).requires_grad_() for name in start}
     objective = _Objective(model, blocks, tokens, float_hidden, start | (float_values or {}), dtype)
-    trained, held_out = split_rows(len(tokens), config.held_out)
+    trained, held_out = split_rows(len(tokens), min(config.held_out, HELD_OUT / len(tokens)))
     before = plain = objective.mean(held_out)
     undone = False
     if untweaked:

@@ -215,6 +215,14 @@ def test_extra_sequences_are_of_the_calibrations_own_text(small_model, tmp_path,
     assert torch.equal(*seen)
 
 
+@pytest.mark.parametrize(("samples", "held_out"), [(8, 1), (64, 8), (200, 16)])
+def test_an_eighth_is_held_out_up_to_sixteen_sequences(small_model, tmp_path, monkeypatch, samples, held_out):
+    seen, mean = set(), _Objective.mean
+    monkeypatch.setattr(_Objective, "mean", lambda self, rows: seen.add((len(rows), int(rows[-1]))) or mean(self, rows))
+    run(small_model, tmp_path / "out", calibration=CALIBRATION | {"samples": samples, "length": 8}, polish={})
+    assert seen == {(held_out, samples - 1)}
+
+
 def test_extra_tokens_are_checked(small_model, tmp_path):
     tokens = torch.ones(2, 24, dtype=torch.int64)
     for extra, wanted in ((tokens[:, :8], "of the tokens' length 24, got 8"), (tokens.float(), "int64"), (tokens + 5000, "int64")):
