@@ -64,12 +64,18 @@ class CalibrationConfig:
             known = language in listed or (self.languages == "family" and language)
             require(bool(known and file), where, "words", "LANGUAGE=FILE for one of the languages", entry)
         dataset = self.source.startswith("hf:")
-        documents = dataset or self.source.endswith(".jsonl")
+        # read as plain text, its braces and keys would be what the model is calibrated on
+        require(not self.source.lower().endswith(".json"), where, "source", "a .jsonl file, one object a line, where it holds JSON", self.source)
         for argument in ("field", "chat"):
             value = getattr(self, argument)
-            require(not value or documents, where, argument, "left out unless the source is a .jsonl file or hf:NAME", value)
+            require(not value or self.documents, where, argument, "left out unless the source is a .jsonl file or hf:NAME", value)
         for argument, given in (("subset", self.subset is not None), ("split", self.split != "train")):
             require(not given or dataset, where, argument, "left out unless the source is hf:NAME", getattr(self, argument))
+
+    @property
+    def documents(self) -> bool:
+        """Whether the source holds documents with fields: a .jsonl file or a dataset."""
+        return self.source.startswith("hf:") or self.source.lower().endswith(".jsonl")
 
 
 def parse_shares(text: str) -> dict[str, float]:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -41,5 +42,5 @@ def _status(field: str) -> int:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes on macOS, else KiB
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

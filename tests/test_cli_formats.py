@@ -63,6 +63,16 @@ def test_tweak_says_what_it_calibrated_on(small_model, tmp_path):
     assert (note["calibration_tokens"], note["calibration"]["sequences"]) == (96, 4)
 
 
+def test_tweak_takes_the_calibration_options_of_quantize(packed, small_model, tmp_path):
+    lines = tmp_path / "LINES.JSONL"
+    lines.write_text((json.dumps({"body": "The One Once. " * 40}) + "\n") * 30)
+    options = ["--calibration", lines, "--field", "body", "--samples", 4, "--length", 24, "--no-cache", "--polish-only"]
+    code, _, stderr = in_process("tweak", packed, "--float", small_model, "--out", tmp_path / "out", *options)
+    assert code == 0, stderr
+    text = json.loads((tmp_path / "out" / "normtweak.json").read_text())["retweak"]["config"]["calibration"]
+    assert (text["field"], text["cache"]) == ("body", False)
+
+
 def test_texts_of_one_name_would_be_one_on_the_card(small_model, tmp_path):
     folder = make_packed(small_model, tmp_path / "packed")
     code, _, stderr = in_process("eval", folder, "--text", "a/x.txt", "--text", "b/x.txt", "--card")
@@ -82,6 +92,9 @@ def test_scores_go_to_the_card(small_model, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["tweak", "PACKED", "--float", "FLOAT", "--out", "OUT", "--languages", "xx"], "languages must be any, family, or languages and shares"),
+        (["tweak", "PACKED", "--float", "FLOAT", "--out", "OUT", "--samples", "0"], "samples must be 1 or more, got 0"),
+        (["tweak", "PACKED", "--float", "FLOAT", "--out", "OUT", "--calibration", "x.json"], "source must be a .jsonl file, one object a line"),
         (["convert", "PACKED", "--out", "OUT", "--format", "awq"], "formats: format must be one of gptq, gptq_v2, compressed-tensors, got awq"),
         (["convert", "FLOAT", "--out", "OUT", "--format", "gptq"], "must be a packed checkpoint, got a float model"),
         (

@@ -50,7 +50,7 @@ def prepare(config: CalibrationConfig, author: Author, seed: int) -> Callable[[P
         return generated.prepare(config, author, seed)
     if config.source == "random":
         ids = tokens.random(config, author.tokenizer, author.vocabulary, seed)
-    elif config.source.startswith("hf:") or config.source.endswith(".jsonl"):
+    elif config.documents:
         ids = documents.sequences(config, author.tokenizer, seed)
     else:
         ids = text.windows(config, author.tokenizer, seed)

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..terminal import Device, Model, TerminalProgress, console
+from .options import (
+    Chat,
+    ExtraSamples,
+    Field,
+    Languages,
+    Length,
+    NoCache,
+    Samples,
+    Seed,
+    Source,
+    Split,
+    Subset,
+    Words,
+    calibration_settings,
+    read_settings,
+    table,
+)
 
 
 def quantize(
@@ -46,43 +62,21 @@ def quantize(
     lr_search: Annotated[
         bool, typer.Option("--lr-search", help="Find the learning rates of each block's tweak and of the polish on held-out calibration text.")
     ] = False,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="generated (by the model itself), random, a UTF-8 text FILE.txt, FILE.jsonl, or hf:DATASET (hub or folder).",
-            show_default="generated",
-        ),
-    ] = None,
-    languages: Annotated[
-        str | None,
-        typer.Option(
-            metavar="en:0.49,zh:0.26",
-            help="What generated text begins with: words of these languages; family: those of the model's own corpus; any: any token.",
-            show_default="a capitalised word",
-        ),
-    ] = None,
-    words: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="LANGUAGE=FILE", help="A language's words, one a line, where its script doesn't tell them; repeatable.", show_default=False
-        ),
-    ] = None,
-    field: Annotated[
-        str | None, typer.Option(help="Of a line of FILE.jsonl or a row of hf:DATASET.", show_default="text; with --chat messages")
-    ] = None,
-    subset: Annotated[str | None, typer.Option(help="Of hf:DATASET.", show_default=False)] = None,
-    split: Annotated[str | None, typer.Option(help="Of hf:DATASET.", show_default="train")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="The field holds messages: apply the tokenizer's chat template.")] = False,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Generate anew, and keep nothing in the cache folder.")] = False,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
-    extra_samples: Annotated[
-        int | None, typer.Option(help="Further sequences of the same text for the polish alone.", show_default="0; at 2 bits four times --samples")
-    ] = None,
+    calibration: Source = None,
+    languages: Languages = None,
+    words: Words = None,
+    field: Field = None,
+    subset: Subset = None,
+    split: Split = None,
+    chat: Chat = False,
+    no_cache: NoCache = False,
+    samples: Samples = None,
+    length: Length = None,
+    extra_samples: ExtraSamples = None,
     form: Annotated[
         str | None, typer.Option("--format", help="gptq, gptq_v2 or compressed-tensors.", show_default="gptq; gptq_v2 with --asymmetric")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed writes the same bytes.", show_default="0")] = None,
+    seed: Seed = None,
     device: Device = "auto",
     config: Annotated[Path | None, typer.Option(help="JSON file of QuantizeConfig settings; options given here win.", show_default=False)] = None,
 ) -> None:
@@ -100,9 +94,8 @@ def quantize(
         settings["skip"] = skip
     if lm_head:
         settings["lm_head"] = True
-    options = {"source": calibration, "samples": samples, "length": length, "languages": languages, "words": words or None, "field": field}
-    options |= {"subset": subset, "split": split, "chat": chat or None, "cache": False if no_cache else None}
-    settings |= calibration_settings(settings, options)
+    options = {"source": calibration, "languages": languages, "words": words, "field": field, "subset": subset, "split": split, "chat": chat}
+    settings |= calibration_settings(settings, options | {"samples": samples, "length": length}, no_cache=no_cache)
     require(lr is None or not lr_search, "quantize", "lr", "left out with --lr-search", lr)
     schedule: dict[str, Any] = {
         key: value for key, value in {"loss": loss, "iterations": iterations, "learning_rate": lr}.items() if value is not None
@@ -131,32 +124,3 @@ def quantize(
         f"{report.out}: {report.packed_size / 1e6:.1f} MB (16-bit: {report.float_size / 1e6:.1f} MB), "
         f"{sum(report.seconds.values()):.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB above the start",
     )
-
-
-def calibration_settings(settings: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The `calibration` table of a configuration file's settings with the options that were given (not None); nothing when none was."""
-    text = {key: value for key, value in options.items() if value is not None}
-    return {"calibration": {**table(settings, "calibration"), **text}} if text else {}
-
-
-def table(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """A table of a configuration file's settings, an empty one where it isn't given. Raises ValueError for what is none."""
-    found = settings.get(name)
-    if not isinstance(found, dict | None):
-        raise ValueError(f"config: {name} must be a table of names and values, got {found!r}")
-    return found or {}
-
-
-def read_settings(where: str, path: Path | None) -> dict[str, Any]:
-    """What a JSON configuration file holds, nothing for None. Raises ValueError in one line for anything but a JSON object."""
-    if path is None:
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"{where}: config must be a JSON file, got {path} ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: config must be a JSON file, got {path}: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{where}: config must be a JSON object, got {type(settings).__name__}")
-    return settings

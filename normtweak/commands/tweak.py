@@ -8,7 +8,23 @@ from typing import Annotated
 import typer
 
 from ..terminal import Device, TerminalProgress, console
-from .quantize import calibration_settings, read_settings, table
+from .options import (
+    Chat,
+    ExtraSamples,
+    Field,
+    Languages,
+    Length,
+    NoCache,
+    Samples,
+    Seed,
+    Source,
+    Split,
+    Subset,
+    Words,
+    calibration_settings,
+    read_settings,
+    table,
+)
 
 
 def tweak(
@@ -19,16 +35,18 @@ def tweak(
     out: Annotated[Path, typer.Option(help="New folder for the better checkpoint.", show_default=False)],
     no_polish: Annotated[bool, typer.Option("--no-polish", help="Tweak block by block alone.")] = False,
     polish_only: Annotated[bool, typer.Option("--polish-only", help="Polish all norms together, without the tweak block by block.")] = False,
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="generated (by the float model), random, a UTF-8 text FILE.txt, FILE.jsonl, or hf:DATASET.", show_default="generated"),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="256")] = None,
-    extra_samples: Annotated[
-        int | None, typer.Option(help="Further sequences of the same text for the polish alone.", show_default="0; at 2 bits four times --samples")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed writes the same bytes.", show_default="0")] = None,
+    calibration: Source = None,
+    languages: Languages = None,
+    words: Words = None,
+    field: Field = None,
+    subset: Subset = None,
+    split: Split = None,
+    chat: Chat = False,
+    no_cache: NoCache = False,
+    samples: Samples = None,
+    length: Length = None,
+    extra_samples: ExtraSamples = None,
+    seed: Seed = None,
     device: Device = "auto",
     config: Annotated[Path | None, typer.Option(help="JSON file of RetweakConfig settings; options given here win.", show_default=False)] = None,
 ) -> None:
@@ -37,7 +55,8 @@ def tweak(
     from ..config import require
 
     settings = read_settings("tweak", config) | ({} if seed is None else {"seed": seed})
-    settings |= calibration_settings(settings, {"source": calibration, "samples": samples, "length": length})
+    options = {"source": calibration, "languages": languages, "words": words, "field": field, "subset": subset, "split": split, "chat": chat}
+    settings |= calibration_settings(settings, options | {"samples": samples, "length": length}, no_cache=no_cache)
     if extra_samples is not None:
         require(not no_polish, "tweak", "extra_samples", "left out with --no-polish", extra_samples)
         settings["polish"] = {**table(settings, "polish"), "extra_samples": extra_samples}
