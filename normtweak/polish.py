@@ -87,14 +87,14 @@ def polish(
     own = {name: model.get_parameter(name).requires_grad_() for name in start}
     objective = _Objective(model, blocks, tokens, float_hidden, start | (float_values or {}), dtype)
     trained, held_out = split_rows(len(tokens), min(config.held_out, HELD_OUT / len(tokens)))
-    before = plain = objective.mean(held_out)
-    undone = False
+    tweaked = plain = objective.mean(held_out)
+    origin = start
     if untweaked:
-        norms.assign(model, untweaked)
+        origin = start | untweaked
+        norms.assign(model, origin)
         plain = objective.mean(held_out)
-        undone = plain <= before
-        before, start = (plain, start | untweaked) if undone else (before, start)
-        norms.assign(model, start)
+    before, start = (tweaked, start) if tweaked < plain else (plain, origin)
+    norms.assign(model, start)
     wanted = (1 - config.min_gain) * plain
     rate = config.learning_rate or _find_rate(model, objective, trained, held_out, config, seed, progress)
     _descend(model, objective, trained, config, rate, seed, progress)
@@ -104,11 +104,10 @@ def polish(
     after = _step_back(model, objective, start, after, held_out)
     accepted = before - after > ROUNDING and after <= wanted
     if not accepted:
-        if untweaked and not undone and before > wanted:
-            undone, before, start = True, plain, start | untweaked
+        before, start = (before, start) if before <= wanted else (plain, origin)
         norms.assign(model, start)
     model.requires_grad_(False)
-    report = PolishReport(before, after if accepted else before, accepted, rate, undone)
+    report = PolishReport(before, after if accepted else before, accepted, rate, undone=bool(untweaked) and start is origin)
     return report, {name: parameter.detach() for name, parameter in own.items()}
 
 
