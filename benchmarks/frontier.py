@@ -1,9 +1,9 @@
 """Perplexity over CPU seconds: recipes on the embedded model (or another), with one calibration text per seed for all of them.
 
-python benchmarks/frontier.py [--cells w4 w2g64] [--recipes gptq default] [--seeds 0 1 2] [--text FILE ...] [--keep FOLDER] [--csv FILE]
+python benchmarks/frontier.py [--cells w4 w2g64] [--recipes untweaked default] [--seeds 0 1 2] [--text FILE ...] [--keep FOLDER] [--csv FILE]
 
-A row: what a recipe took (CPU seconds of its run in this process, the text's own generation apart), the perplexity of each text, and the share of GPTQ's
-loss of log-perplexity that it won back, (ln GPTQ - ln recipe) / (ln GPTQ - ln float). Pin the process for one thread: OMP_NUM_THREADS=1 taskset -c 0.
+A row: what a recipe took (CPU seconds of its run in this process, the text's own generation apart), the perplexity of each text, and the share of the base
+quantizer's loss of log-perplexity that it won back, (ln untweaked - ln recipe) / (ln untweaked - ln float). Pin the process for one thread: OMP_NUM_THREADS=1 taskset -c 0.
 """
 
 from __future__ import annotations
@@ -32,10 +32,18 @@ CELLS: dict[str, dict[str, Any]] = {
     "w4g64": {"bits": 4, "group_size": 64},
     "w3g64": {"bits": 3, "group_size": 64},
     "w2g64": {"bits": 2, "group_size": 64, "symmetric": False},
+    "awq-w4": {"method": "awq", "bits": 4},
+    "awq-w4g64": {"method": "awq", "bits": 4, "group_size": 64},
+    "awq-w2g64": {"method": "awq", "bits": 2, "group_size": 64, "symmetric": False},
+    "awq-gptq-w4": {"method": "awq", "bits": 4, "rounding": "gptq"},
+    "w8a8": {"method": "smoothquant", "bits": 8},
+    "w5a8": {"method": "smoothquant", "bits": 5},
+    "w4a8": {"method": "smoothquant", "bits": 4},
+    "gptq-w4a8": {"method": "smoothquant", "bits": 4, "rounding": "gptq"},
 }
 # What each recipe asks for beside the default preset.
 RECIPES: dict[str, dict[str, Any]] = {
-    "gptq": {"tweak": None, "polish": None},
+    "untweaked": {"tweak": None, "polish": None},
     "plain gptq": {"tweak": None, "polish": None, "sequential": False, "correction": 0.0},
     "correction 1": {"tweak": None, "polish": None, "correction": 1.0},
     "tweak": {"polish": None},
@@ -66,12 +74,15 @@ def recipe_of(cell: str, recipe: str, seed: int) -> QuantizeConfig:
 
 
 def rows_of(
-    cell: str, seed: int, recipes: list[str], folder: models.ModelFolder, tokens: Tensor, extra: Tensor, windows: dict[str, Tensor], keep: Path
-):
-    """Measure the recipes of one cell, each after GPTQ alone; yields one row for each text. extra: what the polish may have beside the tokens."""
-    exact = perplexities(models.load(folder.path), folder.tokenizer, windows)
+    cell: str, seed: int, recipes: list[str], folder: models.ModelFolder, tokens: Tensor, extra: Tensor, windows: dict[str, Tensor],
+    exact: dict[str, float], keep: Path,
+):  # fmt: skip
+    """Measure the recipes of one cell, each after the base quantizer alone; yields one row for each text.
+
+    extra: what the polish may have beside the tokens. exact: the float model's perplexities.
+    """
     base: dict[str, float] = {}
-    for recipe in ["gptq", *(name for name in recipes if name != "gptq")]:
+    for recipe in ["untweaked", *(name for name in recipes if name != "untweaked")]:
         out = keep / f"{cell}-{recipe.replace(', ', '-').replace(' ', '-')}-{seed}"
         config = recipe_of(cell, recipe, seed)
         further = extra[: extra_samples(config.polish)]
@@ -104,8 +115,10 @@ def main() -> None:
     options = parser.parse_args()
     folder = models.ModelFolder(models.resolve(options.model))
     windows = {text: text_windows(folder.tokenizer, read_text(text), options.windows, 512)[:: options.every] for text in options.text}
+    exact = perplexities(models.load(folder.path), folder.tokenizer, windows)
+    print("float: " + ", ".join(f"{value:.3f} ({text})" for text, value in exact.items()))
     rows = []
-    print(f"{'cell':7} {'recipe':18} {'seed':>4} {'CPU s':>7} {'perplexity':>11} {'recovered':>10}  text")
+    print(f"{'cell':11} {'recipe':18} {'seed':>4} {'CPU s':>7} {'perplexity':>11} {'recovered':>10}  text")
     with tempfile.TemporaryDirectory() as scratch:
         keep = options.keep or Path(scratch)
         keep.mkdir(parents=True, exist_ok=True)
@@ -115,10 +128,10 @@ def main() -> None:
             text = load_file(options.tokens.format(seed=seed))["tokens"] if options.tokens else generated(folder, config, seed)
             tokens, extra = text[: options.samples], text[options.samples :]
             for cell in options.cells:
-                for row in rows_of(cell, seed, options.recipes, folder, tokens, extra, windows, keep):
+                for row in rows_of(cell, seed, options.recipes, folder, tokens, extra, windows, exact, keep):
                     rows.append(row)
                     values = (row["cell"], row["recipe"], row["seed"], row["cpu_seconds"], row["perplexity"], row["recovered"], row["text"])
-                    print("{:7} {:18} {:>4} {:7.1f} {:11.3f} {:10.1%}  {}".format(*values), flush=True)
+                    print("{:11} {:18} {:>4} {:7.1f} {:11.3f} {:10.1%}  {}".format(*values), flush=True)
     if options.csv:
         with options.csv.open("w", newline="", encoding="utf8") as file:
             writer = csv.DictWriter(file, FIELDS)
