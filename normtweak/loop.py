@@ -65,7 +65,7 @@ def quantize_blocks(
     (None when neither tweak nor polish looks at it).
 
     path: of the blocks in the model. open_block(l): block l with its float weights. close_block(l, block, norms): called when block l is final, its linears packed; norms: its norm parameters, by name, as
-    they were before the tweak (none without one).
+    they were before the tweak (none where nothing of it was kept).
     stream: what the first block is given (None when the configuration looks at no text). family: what is known of the model's.
     Raises ValueError, naming it, for a block without linears or norms.
     """
@@ -98,11 +98,12 @@ def quantize_blocks(
 
             # 11-16: tweak; 17: the tweaked quantized output goes on
             tweaked: tuple[float, float, float] | tuple[()] = ()
-            untweaked: dict[str, Tensor] = {}
+            untweaked: dict[str, Tensor] = {}  # where the tweak was kept
             if stream is not None:
                 if tweak and target is not None:
-                    untweaked = {p.name: p.start for p in norms.norm_parameters(block, relative=True)}
+                    before = {p.name: p.start for p in norms.norm_parameters(block, relative=True)}
                     tweaked = tweak_block(block, index, count, stream, target, tweak, config.seed)
+                    untweaked = before if tweaked[2] else {}
                 stream = stream.moved(stream.through(block, index))
             close_block(index, block, untweaked)
             reports.append(BlockReport(index, time.perf_counter() - began, *tweaked))

@@ -113,9 +113,7 @@ def quantize(
             if config.polish and tokens is not None and float_hidden is not None:
                 release()
                 with stages("polish"):
-                    polished = _polish(plan, config.polish, joined(tokens, extra_tokens), float_hidden, untweaked, writer, progress)
-                    # where no block kept its tweak there was none to undo
-                    report.polish = replace(polished, undone=polished.undone and any(block.rate for block in report.blocks))
+                    report.polish = _polish(plan, config.polish, joined(tokens, extra_tokens), float_hidden, untweaked, writer, progress)
             report.float_size = plan.float_size
             recipe = _recipe(model, config, tokens, report) | {"sizes": {"packed": writer.size, "float": plan.float_size}}
             writer.write_json(RECIPE, recipe)
@@ -258,7 +256,7 @@ _Blocks = tuple[list[BlockReport], Stream | None, Tensor | None]
 def _run_blocks(
     plan: _Plan, tokens: Tensor | None, extra_tokens: Tensor | None, untweaked: dict[str, Tensor], writer: CheckpointWriter, progress: Progress
 ) -> _Blocks:
-    """Every block quantized, tweaked and written. untweaked: is given the norms from before the tweak, by name."""
+    """Every block quantized, tweaked and written. untweaked: is given the norms of tweaked blocks from before, by name."""
     config = plan.config
     stream = extra = None
     if tokens is not None:
