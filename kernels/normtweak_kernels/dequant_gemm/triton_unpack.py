@@ -17,17 +17,18 @@ def _as_loaded(values, ptr, K):
     The compiler lays words out as the tensor cores want codes only where it can trace codes back to loads and uniform constants. Shifts
     computed from tl.arange would stop it, and every code would pass through shared memory.
     """
-    return tl.load(ptr + values, mask=values < -K, other=values)
+    first = tl.zeros_like(values)
+    return tl.load(ptr + first, mask=first > K, other=values)
 
 
 @triton.jit
-def unpacking_tables(ptr, K, BITS: tl.constexpr, RUN: tl.constexpr):
-    """What turns words into weights, made once before the loop.
+def unpacking_tables(ptr, K, BITS: tl.constexpr, RUN: tl.constexpr, SCALE_BITS: tl.constexpr):
+    """What turns words into weights, made once before the loop: left in it, some of it would be loaded, though never read, at every step.
 
     The first two say where in a word the k-th run of RUN of its codes begins, 2 or 4, each code 8 bits behind the one before: k = 4r + j is field r of
     byte j (packing.py). Of 3 bits the first is for the low two, the second, less 2 and modulo 32, for the high bit. Then which of two words in an int64, and
     the bits of the powers of two, in float32, whose mantissas count ones from bit 0 and from bit 8 on: known to be constant they would take an
-    instruction more each time.
+    instruction more each time. Then which of the zeros and which of the scales in an int64.
     """
     FIELD: tl.constexpr = 2 if BITS == 3 else BITS
     PER_ROW: tl.constexpr = 4 // RUN
@@ -38,7 +39,9 @@ def unpacking_tables(ptr, K, BITS: tl.constexpr, RUN: tl.constexpr):
     second = tl.arange(0, 2)
     mask = _as_loaded(((1 << BITS) - 1) << 8 * second, ptr, K)
     power = _as_loaded((150 - 8 * second) << 23, ptr, K)
-    return shift, rotation, word, mask.to(tl.int32), power.to(tl.int32)
+    zero_shift = _as_loaded(8 * tl.arange(0, 8), ptr, K).to(tl.int64)
+    scale_shift = _as_loaded(SCALE_BITS * tl.arange(0, 64 // SCALE_BITS), ptr, K).to(tl.int64)
+    return shift, rotation, word, mask.to(tl.int32), power.to(tl.int32), zero_shift, scale_shift
 
 
 @triton.jit
@@ -164,7 +167,7 @@ def as_columns(rows):
 
 @triton.jit
 def parameters_of(
-    ptr, k, n, K, N, qweight_ptr, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ptr, k, n, K, N, tables, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr = False, EVEN_K: tl.constexpr = False,
 ):  # fmt: skip
     """Scales or zeros, of BITS each, of BLOCK_N rows from n and BLOCK_K columns from k on: [BLOCK_N, 1], of several groups [BLOCK_N, BLOCK_K / 2].
@@ -187,7 +190,7 @@ def parameters_of(
         ptr += first.to(tl.int64) * (N // PER)
     values = tl.trans(tl.reshape(tl.load(ptr + n // PER + (group * (N // PER) + row)), [GROUPS, ROWS]))
     if PER > 1:
-        shift = _as_loaded(tl.arange(0, PER) * BITS, qweight_ptr, K).to(tl.int64)
+        shift = tables[5] if BITS == 8 else tables[6]
         values = tl.reshape(values[:, None, :] >> shift[None, :, None], [BLOCK_N, GROUPS])
         if BITS == 8:
             values = values.to(tl.int32)
