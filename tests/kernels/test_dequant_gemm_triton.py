@@ -203,7 +203,7 @@ def test_what_has_no_gradient_kernel(monkeypatch):
 
 
 def test_nothing_waits_for_the_gpu():
-    weight, x, bias = case(3, 33, 96, 32, 4, torch.float16, zeros=True, bias=True)
+    weight, x, bias = case(2, 33, 96, 32, 4, torch.float16, zeros=True, bias=True)
     packed = weight.pack()
     with only_launched() as names:
         for activations in ("auto", "int8", "int8_token"):
