@@ -192,6 +192,8 @@ _SM_86 = replace(
     _SM_80,
     multiprocessors=72,
     gemv_max_rows=8,
+    # The wide tiles last: 16 rows of 4 bits in groups with zeros spill there.
+    few_rows=tuple(sorted(_FEW_ROWS, key=lambda config: (config.block_m, config.block_n))),
     int8=tuple(replace(config, num_stages=2) for config in _INT8),
     # Its tensor cores are half as fast as A100's and wait for nothing with half the rows, which leave registers free.
     backward_first=_BACKWARD_FIRST | {(3, True): _BACKWARD_WIDE},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import packing
 from ..launch import DequantGemmGpu
-from .triton_unpack import as_columns, as_rows, int8_of, packed_words, pairs_of, parameters_of, unpacking_tables, weights_of
+from .triton_unpack import as_columns, as_rows, int8_of, packed_words, pairs_of, parameters_of, shifts_of, unpacking_tables, weights_of
 
 
 @triton.jit
@@ -29,15 +29,16 @@ def _tile(m_blocks, n_blocks, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _add_remainder(
-    acc, x_sums_ptrs, mask_m, scales_ptr, zeros_ptr, tables, n, pid_k, M, N, K,
+    acc, x_sums_ptrs, mask_m, scales_ptr, zeros_ptr, qweight_ptr, n, pid_k, M, N, K,
     SCALE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """acc + what products with code - 128 lack (int8_of): (128 - zero) times a group's sum of x. The parts of K take turns."""
+    zero_shifts, scale_shifts = shifts_of(qweight_ptr, K, 8), shifts_of(qweight_ptr, K, SCALE_BITS)
     for group in range(pid_k, tl.cdiv(K, GROUP_SIZE) if GROUP_SIZE > 0 else 1, SPLIT_K):
         x_sum = tl.load(x_sums_ptrs + tl.cast(group, tl.int64) * M, mask=mask_m, other=0)[None, :]
-        rest = 128 - (parameters_of(zeros_ptr, group * GROUP_SIZE, n, K, N, tables, GROUP_SIZE, 8, BLOCK_N, BLOCK_K) & 255)
+        rest = 128 - (parameters_of(zeros_ptr, group * GROUP_SIZE, n, K, N, zero_shifts, GROUP_SIZE, 8, BLOCK_N, BLOCK_K) & 255)
         if GROUP_SIZE > 0:
-            scales = parameters_of(scales_ptr, group * GROUP_SIZE, n, K, N, tables, GROUP_SIZE, SCALE_BITS, BLOCK_N, BLOCK_K)
+            scales = parameters_of(scales_ptr, group * GROUP_SIZE, n, K, N, scale_shifts, GROUP_SIZE, SCALE_BITS, BLOCK_N, BLOCK_K)
             acc += rest.to(tl.float32) * scales.to(tl.float32) * x_sum.to(tl.float32)
         else:
             acc += rest * x_sum
@@ -73,10 +74,13 @@ def dequant_gemm_fwd_kernel(
     x_ptr += pid_m.to(tl.int64) * BLOCK_M * K
     qweight_ptr += pid_n.to(tl.int64) * (BLOCK_N // 16) * panel
     offs_x = offs_m[None, :] * K + tl.arange(0, HALF)[:, None]
-    tables = unpacking_tables(qweight_ptr, K, BITS, 4 if INTEGER else 2, SCALE_BITS)
+    tables = unpacking_tables(qweight_ptr, K, BITS, 4 if INTEGER else 2)
 
-    if GROUP_SIZE == 0 and zeros_ptr is not None:
-        channel_zeros = parameters_of(zeros_ptr, 0, first_n, K, N, tables, 0, 8, BLOCK_N, HALF)
+    zero_shifts = shifts_of(qweight_ptr, K, 8)
+    if GROUP_SIZE > 0:
+        scale_shifts = shifts_of(qweight_ptr, K, SCALE_BITS)
+    elif zeros_ptr is not None:
+        channel_zeros = parameters_of(zeros_ptr, 0, first_n, K, N, zero_shifts, 0, 8, BLOCK_N, HALF)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if INTEGER and GROUP_SIZE == 0 else tl.float32)
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
     for step in range(pid_k * steps, tl.minimum((pid_k + 1) * steps, tl.cdiv(K, BLOCK_K))):
@@ -89,9 +93,9 @@ def dequant_gemm_fwd_kernel(
             x = tl.load(x_ptr + k + offs_x, mask=mask_x, other=0)
             # Loaded once a step where both halves lie in one group.
             if GROUP_SIZE > 0 and (half == 0 or GROUP_SIZE % BLOCK_K != 0):
-                scales = parameters_of(scales_ptr, k, first_n, K, N, tables, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF, False, EVEN_K)
+                scales = parameters_of(scales_ptr, k, first_n, K, N, scale_shifts, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF, False, EVEN_K)
                 if zeros_ptr is not None:
-                    group_zeros = parameters_of(zeros_ptr, k, first_n, K, N, tables, GROUP_SIZE, 8, BLOCK_N, HALF, False, EVEN_K)
+                    group_zeros = parameters_of(zeros_ptr, k, first_n, K, N, zero_shifts, GROUP_SIZE, 8, BLOCK_N, HALF, False, EVEN_K)
             if zeros_ptr is not None:
                 zeros = group_zeros if GROUP_SIZE > 0 else channel_zeros
             else:
@@ -116,12 +120,13 @@ def dequant_gemm_fwd_kernel(
     if x_sums_ptr is not None:
         x_sums_ptrs = x_sums_ptr + pid_m * BLOCK_M + offs_m
         acc = _add_remainder(
-            acc, x_sums_ptrs, mask_m, scales_ptr, zeros_ptr, tables, first_n, pid_k, M, N, K, SCALE_BITS, GROUP_SIZE, BLOCK_N, HALF, SPLIT_K
+            acc, x_sums_ptrs, mask_m, scales_ptr, zeros_ptr, qweight_ptr, first_n, pid_k, M, N, K, SCALE_BITS, GROUP_SIZE, BLOCK_N, HALF, SPLIT_K
         )
 
     y = acc.to(tl.float32)
     if GROUP_SIZE == 0:
-        y *= parameters_of(scales_ptr, 0, first_n, K, N, tables, 0, SCALE_BITS, BLOCK_N, BLOCK_K).to(tl.float32)
+        scale_shifts = shifts_of(qweight_ptr, K, SCALE_BITS)
+        y *= parameters_of(scales_ptr, 0, first_n, K, N, scale_shifts, 0, SCALE_BITS, BLOCK_N, BLOCK_K).to(tl.float32)
     if INTEGER:
         y *= tl.load(x_scale_ptr + pid_m * BLOCK_M + offs_m, mask=mask_m, other=0)[None, :]
     if bias_ptr is not None:
@@ -159,7 +164,8 @@ def dequant_gemm_bwd_kernel(
     panel = tl.cdiv(K, 32) * (BITS * 16)
     grad_ptr += pid_m.to(tl.int64) * BLOCK_M * N
     offs_g = offs_m[None, :] * N + offs_h[:, None]
-    tables = unpacking_tables(qweight_ptr, K, BITS, 2, SCALE_BITS)
+    tables = unpacking_tables(qweight_ptr, K, BITS, 2)
+    zero_shifts, scale_shifts = shifts_of(qweight_ptr, K, 8), shifts_of(qweight_ptr, K, SCALE_BITS)
 
     acc = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
     for step in range(0, tl.cdiv(N, BLOCK_N)):
@@ -174,8 +180,8 @@ def dequant_gemm_bwd_kernel(
             words = packed_words(panels, panel, tl.cdiv(N, 16) * 16 - n, first_k, K, tables, BITS, PER, PER_HIGH, HALF, BLOCK_K, EVEN_N, False)
             zeros = None
             if zeros_ptr is not None:
-                zeros = parameters_of(zeros_ptr, first_k, n, K, N, tables, GROUP_SIZE, 8, HALF, BLOCK_K, EVEN_N)
-            scales = parameters_of(scales_ptr, first_k, n, K, N, tables, GROUP_SIZE, SCALE_BITS, HALF, BLOCK_K, EVEN_N)
+                zeros = parameters_of(zeros_ptr, first_k, n, K, N, zero_shifts, GROUP_SIZE, 8, HALF, BLOCK_K, EVEN_N)
+            scales = parameters_of(scales_ptr, first_k, n, K, N, scale_shifts, GROUP_SIZE, SCALE_BITS, HALF, BLOCK_K, EVEN_N)
             w = as_rows(weights_of(pairs_of(words, tables, BITS), zeros, scales, tables, BITS, dtype))
             acc = tl.dot(w, grad, acc)
 

@@ -22,13 +22,13 @@ def _as_loaded(values, ptr, K):
 
 
 @triton.jit
-def unpacking_tables(ptr, K, BITS: tl.constexpr, RUN: tl.constexpr, SCALE_BITS: tl.constexpr):
-    """What turns words into weights, made once before the loop: left in it, some of it would be loaded, though never read, at every step.
+def unpacking_tables(ptr, K, BITS: tl.constexpr, RUN: tl.constexpr):
+    """What turns words into weights, made once before the loop.
 
     The first two say where in a word the k-th run of RUN of its codes begins, 2 or 4, each code 8 bits behind the one before: k = 4r + j is field r of
     byte j (packing.py). Of 3 bits the first is for the low two, the second, less 2 and modulo 32, for the high bit. Then which of two words in an int64, and
     the bits of the powers of two, in float32, whose mantissas count ones from bit 0 and from bit 8 on: known to be constant they would take an
-    instruction more each time. Then which of the zeros and which of the scales in an int64.
+    instruction more each time.
     """
     FIELD: tl.constexpr = 2 if BITS == 3 else BITS
     PER_ROW: tl.constexpr = 4 // RUN
@@ -39,9 +39,13 @@ def unpacking_tables(ptr, K, BITS: tl.constexpr, RUN: tl.constexpr, SCALE_BITS: 
     second = tl.arange(0, 2)
     mask = _as_loaded(((1 << BITS) - 1) << 8 * second, ptr, K)
     power = _as_loaded((150 - 8 * second) << 23, ptr, K)
-    zero_shift = _as_loaded(8 * tl.arange(0, 8), ptr, K).to(tl.int64)
-    scale_shift = _as_loaded(SCALE_BITS * tl.arange(0, 64 // SCALE_BITS), ptr, K).to(tl.int64)
-    return shift, rotation, word, mask.to(tl.int32), power.to(tl.int32), zero_shift, scale_shift
+    return shift, rotation, word, mask.to(tl.int32), power.to(tl.int32)
+
+
+@triton.jit
+def shifts_of(ptr, K, BITS: tl.constexpr):
+    """Where in an int64 each of its scales or zeros begins, for `parameters_of`. Made before the loop that needs it, which would load it at every step."""
+    return _as_loaded(BITS * tl.arange(0, 64 // BITS), ptr, K).to(tl.int64)
 
 
 @triton.jit
@@ -167,7 +171,7 @@ def as_columns(rows):
 
 @triton.jit
 def parameters_of(
-    ptr, k, n, K, N, tables, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ptr, k, n, K, N, shifts, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr = False, EVEN_K: tl.constexpr = False,
 ):  # fmt: skip
     """Scales or zeros, of BITS each, of BLOCK_N rows from n and BLOCK_K columns from k on: [BLOCK_N, 1], of several groups [BLOCK_N, BLOCK_K / 2].
@@ -190,8 +194,7 @@ def parameters_of(
         ptr += first.to(tl.int64) * (N // PER)
     values = tl.trans(tl.reshape(tl.load(ptr + n // PER + (group * (N // PER) + row)), [GROUPS, ROWS]))
     if PER > 1:
-        shift = tables[5] if BITS == 8 else tables[6]
-        values = tl.reshape(values[:, None, :] >> shift[None, :, None], [BLOCK_N, GROUPS])
+        values = tl.reshape(values[:, None, :] >> shifts[None, :, None], [BLOCK_N, GROUPS])
         if BITS == 8:
             values = values.to(tl.int32)
         elif BITS == 16:
