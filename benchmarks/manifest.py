@@ -79,7 +79,7 @@ def gemm(target: str, config: DequantGemmGpu, weight: tuple[int, int, bool, str]
         arguments |= {"y_ptr": "*fp32" if config.split_k > 1 else f"*{dtype}", "bias_ptr": None, "x_scale_ptr": "*fp32" if regime == "int8" else None}
         arguments["x_sums_ptr"] = "*i32" if regime == "int8" and bits == 8 and zeros else None
     tile = (config.block_n // 2, arguments["BLOCK_K"]) if backward else (config.block_n, arguments["BLOCK_K"] // 2)
-    arguments |= rows_per_load(bits, *tile, config.num_warps)
+    arguments |= rows_per_load(bits, *tile, config.num_warps, by_twos=not target.startswith("gfx"))
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     m = {"few rows": config.block_m}.get(regime, 4096)
     grid = "cdiv(M,BLOCK_M)*cdiv(K,BLOCK_K)" if backward else "cdiv(M,BLOCK_M)*cdiv(N,BLOCK_N)*SPLIT_K"
@@ -144,9 +144,10 @@ def channel_loss(targets: list[str]) -> Iterator[Entry]:
         channels = dict.fromkeys(("mean_q_ptr", "var_q_ptr", "mean_f_ptr", "var_f_ptr"), "*fp32")
         backward = {"grad_ptr": "*fp32", "x_ptr": f"*{dtype}", "mask_ptr": mask, "kept_ptr": "*i64" if masked else None, **channels}
         backward |= {"grad_x_ptr": f"*{dtype}", **sizes, "SQUARED": False, "BLOCK_T": config.grad_tokens, "BLOCK_C": config.grad_channels}
-        options = {"num_warps": config.grad_warps, "enable_fp_fusion": True}
         problem = {"vars": variables, "bytes": f"{2 * size}*T*C", "grid": "cdiv(T,BLOCK_T)*cdiv(C,BLOCK_C)"}
-        yield entry("channel_loss backward" + suffix, module + "channel_loss_bwd_kernel", targets, backward, options, problem)
+        for target in targets:
+            options = {"num_warps": config.grad_wavefronts if target.startswith("gfx") else config.grad_warps, "enable_fp_fusion": True}
+            yield entry("channel_loss backward" + suffix, module + "channel_loss_bwd_kernel", [target], backward, options, problem)
     options = {"num_warps": config.merge_warps, "enable_fp_fusion": True}
     problem = {"vars": variables, "bytes": f"12*{config.max_strips}*C", "grid": "cdiv(C,BLOCK_C)"}
     loss = {"mean_f_ptr": "*fp32", "var_f_ptr": "*fp32", "mean_q_ptr": "*fp32", "var_q_ptr": "*fp32", "losses_ptr": "*fp32", "SQUARED": False}

@@ -139,11 +139,12 @@ _GEMV = (
     DequantGemvGpu(num_warps=16, chunks=2),
     DequantGemvGpu(num_warps=4, chunks=4),
 )
-# 16 rows a tile wait for nothing but memory: narrow tiles and a split K give programs, deep pipelines keep memory busy.
+# 16 rows a tile wait for little but memory: a split K gives programs, deep pipelines keep memory busy. A warp of the wide tiles has 32 rows of W for
+# what it reads of x, and takes a fifth to a third fewer instructions; narrow ones are for a narrow N.
 _FEW_ROWS = tuple(
     DequantGemmGpu(block_m=block_m, block_n=block_n, block_k=64, split_k=split_k, num_warps=4, num_stages=4)
     for block_m in (16, 32, 64)
-    for block_n, split_k in ((64, 8), (128, 8), (64, 4))
+    for block_n, split_k in ((128, 8), (64, 8), (64, 4))
 )
 
 # Tensor cores stay busy while what a code costs, 2 to 4 instructions, is shared by many rows of x, and while a warp reads x from shared memory for 32
@@ -172,10 +173,11 @@ _BACKWARD_FIRST = {(bits, grouped): _BACKWARD_WIDE for bits in (2, 4, 8) for gro
     (3, False): _BACKWARD_3_BITS,
     (3, True): replace(_BACKWARD_3_BITS, num_stages=3),
 }
-# A100. Half the float32 units of the others: at 4 bits one row takes as long as memory does, 4 rows two and a half times as long.
+# A100. Half the float32 units of the others: at 4 bits one row takes as long as memory does, 4 rows two and a half times as long, of which
+# tensor cores need half to three quarters. H100's second launch would cost what they win.
 _SM_80 = DequantGemmGpuLists(
     multiprocessors=108,
-    gemv_max_rows=4,
+    gemv_max_rows=2,
     gemv=_GEMV,
     few_rows=_FEW_ROWS,
     many_rows=_MANY_ROWS,
@@ -190,6 +192,8 @@ _SM_86 = replace(
     _SM_80,
     multiprocessors=72,
     gemv_max_rows=8,
+    # The wide tiles last: 16 rows of 4 bits in groups with zeros spill there.
+    few_rows=tuple(sorted(_FEW_ROWS, key=lambda config: (config.block_m, config.block_n))),
     int8=tuple(replace(config, num_stages=2) for config in _INT8),
     # Its tensor cores are half as fast as A100's and wait for nothing with half the rows, which leave registers free.
     backward_first=_BACKWARD_FIRST | {(3, True): _BACKWARD_WIDE},
@@ -202,6 +206,7 @@ DEQUANT_GEMM_GPU = {
     "sm_90": replace(
         _SM_80,
         multiprocessors=132,
+        gemv_max_rows=4,
         many_rows=_MANY_ROWS_WGMMA,
         many_rows_first={},
         backward=(DequantGemmGpu(block_m=256, block_n=64, block_k=128, num_warps=8, num_stages=3), *_BACKWARD),
@@ -228,20 +233,22 @@ DEQUANT_GEMM_GPU = {
         backward=(replace(_BACKWARD_TWO_STAGES[0], block_m=32),),
         backward_first={},
     ),
-    # MI300X: 64 KB of shared memory; a wavefront of 64 lanes does twice a warp's work. Above 2 rows their sums spill out of the registers, and so do
-    # those of a wide gradient; 3 bits in groups leave too few wavefronts where a tile has 64 rows of W.
+    # MI300X: a wavefront of 64 lanes does twice a warp's work: half as many of them, each with 64 rows or columns of W and 8 bytes of its words a lane.
+    # Fewer words than threads would be loaded again by each wavefront. 64 KB of shared memory, which holds 8 wavefronts' tiles in two stages. Above 2
+    # rows the sums of the kernel without tensor cores spill.
     "gfx942": replace(
         _SM_86,
         multiprocessors=304,
         gemv_max_rows=1,
         gemv=tuple(DequantGemvGpu(num_warps=warps, chunks=2) for warps in (4, 2, 8)),
-        few_rows=tuple(replace(config, num_stages=3) for config in _FEW_ROWS),
-        many_rows=(
-            DequantGemmGpu(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=2),
-            DequantGemmGpu(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=2),
+        few_rows=tuple(
+            DequantGemmGpu(block_m=block_m, block_n=128, block_k=64, split_k=split_k, num_warps=2, num_stages=2)
+            for block_m, split_k in ((16, 16), (16, 8), (32, 8), (32, 4), (64, 8), (64, 4))
         ),
-        many_rows_first={},
-        backward=(replace(_BACKWARD_TWO_STAGES[0], block_n=32),),
+        many_rows=(DequantGemmGpu(block_m=64, block_n=128, block_k=64, num_warps=2, num_stages=2),),
+        many_rows_first={(bits, grouped): _MANY_ROWS_CHANNELS for bits in (4, 8) for grouped in (False, True)},
+        int8=(_SM_86.int8[0], replace(_SM_86.int8[1], num_warps=2)),
+        backward=(DequantGemmGpu(block_m=32, block_n=64, block_k=128, num_warps=2, num_stages=2),),
         backward_first={},
     ),
 }
@@ -291,6 +298,8 @@ class ChannelLossGpu:
     grad_tokens: int = 32
     grad_channels: int = 256
     grad_warps: int = 4
+    # The same on AMD's GPUs, whose warps have 64 lanes.
+    grad_wavefronts: int = 2
 
 
 CHANNEL_LOSS_GPU = ChannelLossGpu()

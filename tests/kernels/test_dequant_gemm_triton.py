@@ -203,7 +203,7 @@ def test_what_has_no_gradient_kernel(monkeypatch):
 
 
 def test_nothing_waits_for_the_gpu():
-    weight, x, bias = case(3, 33, 96, 32, 4, torch.float16, zeros=True, bias=True)
+    weight, x, bias = case(2, 33, 96, 32, 4, torch.float16, zeros=True, bias=True)
     packed = weight.pack()
     with only_launched() as names:
         for activations in ("auto", "int8", "int8_token"):
@@ -261,3 +261,5 @@ def test_the_widest_tile_that_leaves_no_multiprocessor_idle():
 
     tiles = [(c.block_m, c.block_n) for c in (tile(4096, 4096, 4, 1), tile(4096, 4096, 3, 64), tile(4096, 4096, 4, 64), tile(65, 4096, 4, 1))]
     assert tiles == [(128, 256), (64, 256), (64, 256), (64, 128)]
+    few = [(c.block_m, c.block_n, c.split_k) for c in (tile(3, 4096, 4, 64), tile(17, 1665, 4, 64), tile(16, 1664, 4, 64), tile(16, 512, 4, 64))]
+    assert few == [(16, 128, 8), (32, 128, 8), (16, 64, 8), (16, 64, 8)]

@@ -16,6 +16,8 @@ LOAD = re.compile(r"LDGSTS|LDG\b|global_load|buffer_load")
 CEILED = ("sm_80", "sm_90")
 LEAST_CEILING = 0.75
 LEAST_WIDE = 0.9
+# Of AMD's wavefronts a lane has one word only of the plane of 3-bit codes' high bits: two of the seven or more loads of a step.
+LEAST_WIDE_AMD_3_BITS = 0.7
 
 
 def manifest():
@@ -45,7 +47,7 @@ def test_every_launch_of_every_list_is_in_it():
 
 
 def examine(entry, target, monkeypatch):
-    """inspect_kernels' row, with the loads of the hottest loop (of the kernel where there is none) of 8 bytes or more, and all of them.
+    """inspect_kernels' row, with the loads of the hottest loop (of the kernel where that has none) of 8 bytes or more, and all of them.
 
     The tool takes LDGDEPBAR, which waits for asynchronous copies, for a load of 4 bytes: here it is named as what it is. What a kernel loads before its
     loop (tables of shifts, parameters of a channel) is loaded once and not counted where there is a loop.
@@ -66,7 +68,8 @@ def examine(entry, target, monkeypatch):
     monkeypatch.setattr(inspect_kernels, "hot_loop", kept)
     row = inspect_kernels.examine(entry, target, BENCHMARKS)
     assert not row["failures"], (entry["name"], target, entry["const"], row["failures"])
-    sizes = [inspect_kernels.access_bytes(opcode) for opcode in seen["loop"] or seen["code"] if LOAD.match(opcode)]
+    loads = [opcode for opcode in seen["loop"] if LOAD.match(opcode)] or [opcode for opcode in seen["code"] if LOAD.match(opcode)]
+    sizes = [inspect_kernels.access_bytes(opcode) for opcode in loads]
     return row, sum(size >= 8 for size in sizes), len(sizes)
 
 
@@ -84,13 +87,13 @@ def check(entry, target, monkeypatch):
     row, wide, loads = examine(entry, target, monkeypatch)
     if entry["name"] in ("dequant_gemm many rows", "dequant_gemm backward") and target in CEILED and runs_untuned(entry, target):
         assert row["tensor_ceiling"] >= LEAST_CEILING, (entry, target, row["tensor_ceiling"])
-    if target in CEILED:
-        assert wide >= LEAST_WIDE * loads, (entry, target, wide, loads)
+    few_high_bits = target.startswith("gfx") and entry["name"].startswith("dequant_gemm ") and entry["const"].get("BITS") == 3
+    assert wide >= (LEAST_WIDE_AMD_3_BITS if few_high_bits else LEAST_WIDE) * loads, (entry, target, wide, loads)
     return wide, loads
 
 
 @pytest.mark.ptx
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", MANIFEST["targets"])
 def test_the_first_launch_for_many_rows(target, monkeypatch):
     entry = next(
         one
@@ -103,9 +106,9 @@ def test_the_first_launch_for_many_rows(target, monkeypatch):
 
 @pytest.mark.ptx
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", MANIFEST["targets"])
 def test_every_launch(target, monkeypatch):
-    """No spills, tensor instructions, 8 warps a multiprocessor, the ceilings, wide loads. The other architectures: inspect_kernels.py --manifest."""
+    """No spills, tensor instructions, 8 warps a multiprocessor, wide loads; on sm_80 and sm_90 the ceilings."""
     for entry in MANIFEST["kernels"]:
         if target in entry["targets"]:
             with monkeypatch.context() as patch:

@@ -258,12 +258,13 @@ def _write_gradient(
 ) -> None:
     channels = x.shape[-1]
     tokens, block_c = x.numel() // channels, min(LAUNCH.grad_channels, triton.next_power_of_2(channels))
+    num_warps = LAUNCH.grad_wavefronts if torch.version.hip else LAUNCH.grad_warps
     with gpu.on_device_of(x):
         # Left on the device: nothing here waits for it.
         kept = None if mask is None else mask.sum()
         channel_loss_bwd_kernel[(triton.cdiv(tokens, LAUNCH.grad_tokens) * triton.cdiv(channels, block_c),)](
             grad, x.contiguous(), _in_words(_contiguous(mask)), kept, mean_q.contiguous(), var_q.contiguous(), mean_f.contiguous(), var_f.contiguous(),
-            out, tokens, channels, SQUARED=squared, BLOCK_T=LAUNCH.grad_tokens, BLOCK_C=block_c, num_warps=LAUNCH.grad_warps, enable_fp_fusion=True,
+            out, tokens, channels, SQUARED=squared, BLOCK_T=LAUNCH.grad_tokens, BLOCK_C=block_c, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import packing
 from ..launch import DequantGemmGpu
-from .triton_unpack import as_columns, as_rows, int8_of, packed_words, pairs_of, parameters_of, unpacking_tables, weights_of
+from .triton_unpack import as_columns, as_rows, int8_of, packed_words, pairs_of, parameters_of, shifts_of, unpacking_tables, weights_of
 
 
 @triton.jit
@@ -33,11 +33,12 @@ def _add_remainder(
     SCALE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """acc + what products with code - 128 lack (int8_of): (128 - zero) times a group's sum of x. The parts of K take turns."""
+    zero_shifts, scale_shifts = shifts_of(qweight_ptr, K, 8), shifts_of(qweight_ptr, K, SCALE_BITS)
     for group in range(pid_k, tl.cdiv(K, GROUP_SIZE) if GROUP_SIZE > 0 else 1, SPLIT_K):
         x_sum = tl.load(x_sums_ptrs + tl.cast(group, tl.int64) * M, mask=mask_m, other=0)[None, :]
-        rest = 128 - (parameters_of(zeros_ptr, group * GROUP_SIZE, n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, BLOCK_K) & 255)
+        rest = 128 - (parameters_of(zeros_ptr, group * GROUP_SIZE, n, K, N, zero_shifts, GROUP_SIZE, 8, BLOCK_N, BLOCK_K) & 255)
         if GROUP_SIZE > 0:
-            scales = parameters_of(scales_ptr, group * GROUP_SIZE, n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, BLOCK_K)
+            scales = parameters_of(scales_ptr, group * GROUP_SIZE, n, K, N, scale_shifts, GROUP_SIZE, SCALE_BITS, BLOCK_N, BLOCK_K)
             acc += rest.to(tl.float32) * scales.to(tl.float32) * x_sum.to(tl.float32)
         else:
             acc += rest * x_sum
@@ -75,8 +76,11 @@ def dequant_gemm_fwd_kernel(
     offs_x = offs_m[None, :] * K + tl.arange(0, HALF)[:, None]
     tables = unpacking_tables(qweight_ptr, K, BITS, 4 if INTEGER else 2)
 
-    if GROUP_SIZE == 0 and zeros_ptr is not None:
-        channel_zeros = parameters_of(zeros_ptr, 0, first_n, K, N, qweight_ptr, 0, 8, BLOCK_N, HALF)
+    zero_shifts = shifts_of(qweight_ptr, K, 8)
+    if GROUP_SIZE > 0:
+        scale_shifts = shifts_of(qweight_ptr, K, SCALE_BITS)
+    elif zeros_ptr is not None:
+        channel_zeros = parameters_of(zeros_ptr, 0, first_n, K, N, zero_shifts, 0, 8, BLOCK_N, HALF)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if INTEGER and GROUP_SIZE == 0 else tl.float32)
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
     for step in range(pid_k * steps, tl.minimum((pid_k + 1) * steps, tl.cdiv(K, BLOCK_K))):
@@ -89,9 +93,9 @@ def dequant_gemm_fwd_kernel(
             x = tl.load(x_ptr + k + offs_x, mask=mask_x, other=0)
             # Loaded once a step where both halves lie in one group.
             if GROUP_SIZE > 0 and (half == 0 or GROUP_SIZE % BLOCK_K != 0):
-                scales = parameters_of(scales_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF, False, EVEN_K)
+                scales = parameters_of(scales_ptr, k, first_n, K, N, scale_shifts, GROUP_SIZE, SCALE_BITS, BLOCK_N, HALF, False, EVEN_K)
                 if zeros_ptr is not None:
-                    group_zeros = parameters_of(zeros_ptr, k, first_n, K, N, qweight_ptr, GROUP_SIZE, 8, BLOCK_N, HALF, False, EVEN_K)
+                    group_zeros = parameters_of(zeros_ptr, k, first_n, K, N, zero_shifts, GROUP_SIZE, 8, BLOCK_N, HALF, False, EVEN_K)
             if zeros_ptr is not None:
                 zeros = group_zeros if GROUP_SIZE > 0 else channel_zeros
             else:
@@ -121,7 +125,8 @@ def dequant_gemm_fwd_kernel(
 
     y = acc.to(tl.float32)
     if GROUP_SIZE == 0:
-        y *= parameters_of(scales_ptr, 0, first_n, K, N, qweight_ptr, 0, SCALE_BITS, BLOCK_N, BLOCK_K).to(tl.float32)
+        scale_shifts = shifts_of(qweight_ptr, K, SCALE_BITS)
+        y *= parameters_of(scales_ptr, 0, first_n, K, N, scale_shifts, 0, SCALE_BITS, BLOCK_N, BLOCK_K).to(tl.float32)
     if INTEGER:
         y *= tl.load(x_scale_ptr + pid_m * BLOCK_M + offs_m, mask=mask_m, other=0)[None, :]
     if bias_ptr is not None:
@@ -160,6 +165,7 @@ def dequant_gemm_bwd_kernel(
     grad_ptr += pid_m.to(tl.int64) * BLOCK_M * N
     offs_g = offs_m[None, :] * N + offs_h[:, None]
     tables = unpacking_tables(qweight_ptr, K, BITS, 2)
+    zero_shifts, scale_shifts = shifts_of(qweight_ptr, K, 8), shifts_of(qweight_ptr, K, SCALE_BITS)
 
     acc = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
     for step in range(0, tl.cdiv(N, BLOCK_N)):
@@ -174,8 +180,8 @@ def dequant_gemm_bwd_kernel(
             words = packed_words(panels, panel, tl.cdiv(N, 16) * 16 - n, first_k, K, tables, BITS, PER, PER_HIGH, HALF, BLOCK_K, EVEN_N, False)
             zeros = None
             if zeros_ptr is not None:
-                zeros = parameters_of(zeros_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, 8, HALF, BLOCK_K, EVEN_N)
-            scales = parameters_of(scales_ptr, first_k, n, K, N, qweight_ptr, GROUP_SIZE, SCALE_BITS, HALF, BLOCK_K, EVEN_N)
+                zeros = parameters_of(zeros_ptr, first_k, n, K, N, zero_shifts, GROUP_SIZE, 8, HALF, BLOCK_K, EVEN_N)
+            scales = parameters_of(scales_ptr, first_k, n, K, N, scale_shifts, GROUP_SIZE, SCALE_BITS, HALF, BLOCK_K, EVEN_N)
             w = as_rows(weights_of(pairs_of(words, tables, BITS), zeros, scales, tables, BITS, dtype))
             acc = tl.dot(w, grad, acc)
 
@@ -215,18 +221,19 @@ def _in_words(parameters: Tensor | None) -> Tensor | None:
     return parameters.view(torch.int64)
 
 
-def rows_per_load(bits: int, rows: int, columns: int, num_warps: int, aligned: bool = True) -> dict[str, int]:
+def rows_per_load(bits: int, rows: int, columns: int, num_warps: int, by_twos: bool = True) -> dict[str, int]:
     """The kernels' PER and PER_HIGH for a tile of the weight: how many rows' words a load takes at a time.
 
-    Two where one row's would leave a thread less than 8 bytes of the tile, the least that it should copy at once; each is then cut apart again.
+    Two, where allowed, if one row's would leave a thread less than 8 bytes of the tile, the least that it should copy at once; each is then cut apart
+    again. For AMD's GPUs the compiler lets every wavefront load what is then less than a word for each thread, so that nothing is won.
     """
     chunks = columns // packing.CHUNK
     words = {"PER": (2 if bits == 3 else bits) * chunks, "PER_HIGH": chunks}
-    return {name: 2 if aligned and rows * count < 2 * 32 * num_warps else 1 for name, count in words.items()}
+    return {name: 2 if by_twos and rows * count < 2 * 32 * num_warps else 1 for name, count in words.items()}
 
 
-def _aligned(qweight: Tensor) -> bool:
-    return qweight.data_ptr() % 8 == 0
+def _by_twos(qweight: Tensor) -> bool:
+    return qweight.data_ptr() % 8 == 0 and not torch.version.hip
 
 
 def _divisor(block: int, size: int) -> int:
@@ -248,7 +255,7 @@ def _multiply(
     blocks = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     dequant_gemm_fwd_kernel[(blocks, split_k)](
         x, qweight, _in_words(scales), _in_words(zeros), bias if split_k == 1 else None, x_scale, x_sums, out, m, n, k,
-        BITS=bits, **rows_per_load(bits, config.block_n, block_k // 2, config.num_warps, _aligned(qweight)), SCALE_BITS=8 * scales.itemsize,
+        BITS=bits, **rows_per_load(bits, config.block_n, block_k // 2, config.num_warps, _by_twos(qweight)), SCALE_BITS=8 * scales.itemsize,
         GROUP_SIZE=group_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, SPLIT_K=split_k,
         GROUP_M=config.group_m, EVEN_K=k % block_k == 0, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -300,7 +307,7 @@ def grad_x(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, 
     blocks = triton.cdiv(m, config.block_m) * triton.cdiv(k, block_k)
     dequant_gemm_bwd_kernel[(blocks,)](
         grad, qweight, _in_words(scales), _in_words(zeros), y, m, n, k,
-        BITS=bits, **rows_per_load(bits, config.block_n // 2, block_k, config.num_warps, _aligned(qweight)), SCALE_BITS=8 * scales.itemsize,
+        BITS=bits, **rows_per_load(bits, config.block_n // 2, block_k, config.num_warps, _by_twos(qweight)), SCALE_BITS=8 * scales.itemsize,
         GROUP_SIZE=group_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k,
         GROUP_M=config.group_m, EVEN_N=n % config.block_n == 0, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

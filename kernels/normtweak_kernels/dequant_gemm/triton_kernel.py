@@ -87,7 +87,8 @@ def _choose(regime: str, configs: Sequence[Config], m: int, n: int, k: int, bits
 
 
 def _likely(regime: str, configs: Sequence[Config], m: int, n: int, multiprocessors: int) -> Config:
-    """The first configuration of a kernel without tensor cores; else, up to FEW_ROWS rows, the first that holds them all; else by its turns.
+    """The first configuration of a kernel without tensor cores; else, up to FEW_ROWS rows, of those that hold them all the first that gives every
+    multiprocessor a program, or the one that gives the most; else by its turns.
 
     Turns are how many tiles a multiprocessor computes one after the other, times a tile's size; the first of at most a tenth more than the fewest.
     """
@@ -102,7 +103,8 @@ def _likely(regime: str, configs: Sequence[Config], m: int, n: int, multiprocess
         turns = [-(-programs(config) // multiprocessors) * config.block_m * config.block_n for config in gemms]
         return next(config for config, count in zip(gemms, turns, strict=True) if 10 * count <= 11 * min(turns))
     height = min((config.block_m for config in gemms if config.block_m >= m), default=max(config.block_m for config in gemms))
-    config = next(config for config in gemms if config.block_m == height)
+    gemms = [config for config in gemms if config.block_m == height]
+    config = max(gemms, key=lambda config: min(programs(config) * config.split_k, multiprocessors))
     # No more parts of K than give every multiprocessor a few programs.
     split_k = config.split_k
     while split_k > 1 and programs(config) * split_k > 4 * multiprocessors:

@@ -17,7 +17,8 @@ def _as_loaded(values, ptr, K):
     The compiler lays words out as the tensor cores want codes only where it can trace codes back to loads and uniform constants. Shifts
     computed from tl.arange would stop it, and every code would pass through shared memory.
     """
-    return tl.load(ptr + values, mask=values < -K, other=values)
+    first = tl.zeros_like(values)
+    return tl.load(ptr + first, mask=first > K, other=values)
 
 
 @triton.jit
@@ -39,6 +40,12 @@ def unpacking_tables(ptr, K, BITS: tl.constexpr, RUN: tl.constexpr):
     mask = _as_loaded(((1 << BITS) - 1) << 8 * second, ptr, K)
     power = _as_loaded((150 - 8 * second) << 23, ptr, K)
     return shift, rotation, word, mask.to(tl.int32), power.to(tl.int32)
+
+
+@triton.jit
+def shifts_of(ptr, K, BITS: tl.constexpr):
+    """Where in an int64 each of its scales or zeros begins, for `parameters_of`. Made before the loop that needs it, which would load it at every step."""
+    return _as_loaded(BITS * tl.arange(0, 64 // BITS), ptr, K).to(tl.int64)
 
 
 @triton.jit
@@ -164,7 +171,7 @@ def as_columns(rows):
 
 @triton.jit
 def parameters_of(
-    ptr, k, n, K, N, qweight_ptr, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ptr, k, n, K, N, shifts, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr = False, EVEN_K: tl.constexpr = False,
 ):  # fmt: skip
     """Scales or zeros, of BITS each, of BLOCK_N rows from n and BLOCK_K columns from k on: [BLOCK_N, 1], of several groups [BLOCK_N, BLOCK_K / 2].
@@ -187,8 +194,7 @@ def parameters_of(
         ptr += first.to(tl.int64) * (N // PER)
     values = tl.trans(tl.reshape(tl.load(ptr + n // PER + (group * (N // PER) + row)), [GROUPS, ROWS]))
     if PER > 1:
-        shift = _as_loaded(tl.arange(0, PER) * BITS, qweight_ptr, K).to(tl.int64)
-        values = tl.reshape(values[:, None, :] >> shift[None, :, None], [BLOCK_N, GROUPS])
+        values = tl.reshape(values[:, None, :] >> shifts[None, :, None], [BLOCK_N, GROUPS])
         if BITS == 8:
             values = values.to(tl.int32)
         elif BITS == 16:
