@@ -38,8 +38,9 @@ $(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*.* csrc/cpu/*.*)
 demo: $(STAMP)   ## quantize, tweak, evaluate and generate with the embedded model
 	@$(BIN)/normtweak demo
 
+# A worker a core, each with a gigabyte or two.
 test: $(STAMP)   ## the test suite without the slow tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 slow: $(STAMP)   ## the slow tests
 	@$(BIN)/python -m pytest -m slow

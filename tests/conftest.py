@@ -1,6 +1,11 @@
 """Fixed seeds, the models that tests share, and what is said of tests that can't run here."""
 
 import importlib.util
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: two processes of two threads wait for one another's turns
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -8,8 +13,7 @@ import torch
 from normtweak_kernels import gpu
 from small_models import make_model
 
-# Marker -> how many tests of it didn't run.
-_NOT_RUN: dict[str, int] = {}
+_NEEDY = ("ptx", "gpu", "autoround")
 
 
 def _missing(marker: str) -> str | None:
@@ -24,17 +28,18 @@ def _missing(marker: str) -> str | None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for marker in ("ptx", "gpu", "autoround"):
+    for marker in _NEEDY:
         if item.get_closest_marker(marker) and (reason := _missing(marker)):
-            _NOT_RUN[marker] = _NOT_RUN.get(marker, 0) + 1
             pytest.skip(reason)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
     if gpu.why_missing():
         terminalreporter.write_line(f"NOT RUN: the tests of Triton's kernels: {gpu.why_missing()}", yellow=True, bold=True)
-    for marker, count in _NOT_RUN.items():
-        terminalreporter.write_line(f"NOT RUN: {count} tests marked {marker}: {_missing(marker)}", yellow=True, bold=True)
+    for marker in _NEEDY:
+        skipped = [report for report in terminalreporter.stats.get("skipped", []) if marker in report.keywords]
+        if skipped and (reason := _missing(marker)):
+            terminalreporter.write_line(f"NOT RUN: {len(skipped)} tests marked {marker}: {reason}", yellow=True, bold=True)
 
 
 @pytest.fixture(autouse=True)
