@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections import Counter
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: two processes of two threads wait for one another's turns
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,7 +14,8 @@ import torch
 from normtweak_kernels import gpu
 from small_models import make_model
 
-_NEEDY = ("ptx", "gpu", "autoround")
+# What the reason of a skip begins with where a test's needs aren't met, as opposed to a case that doesn't exist on this processor.
+_NOT_RUN = "not run: "
 
 
 def _missing(marker: str) -> str | None:
@@ -28,18 +30,18 @@ def _missing(marker: str) -> str | None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for marker in _NEEDY:
+    for marker in ("ptx", "gpu", "autoround"):
         if item.get_closest_marker(marker) and (reason := _missing(marker)):
-            pytest.skip(reason)
+            pytest.skip(f"{_NOT_RUN}marked {marker}: {reason}")
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
     if gpu.why_missing():
         terminalreporter.write_line(f"NOT RUN: the tests of Triton's kernels: {gpu.why_missing()}", yellow=True, bold=True)
-    for marker in _NEEDY:
-        skipped = [report for report in terminalreporter.stats.get("skipped", []) if marker in report.keywords]
-        if skipped and (reason := _missing(marker)):
-            terminalreporter.write_line(f"NOT RUN: {len(skipped)} tests marked {marker}: {reason}", yellow=True, bold=True)
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.items():
+        if reason.startswith(_NOT_RUN):
+            terminalreporter.write_line(f"NOT RUN: {count} tests {reason.removeprefix(_NOT_RUN)}", yellow=True, bold=True)
 
 
 @pytest.fixture(autouse=True)
