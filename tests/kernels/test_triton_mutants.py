@@ -36,7 +36,7 @@ HARMLESS = [
 ]
 # Comparisons whose operands are never equal, in any call that could be made. They count only if they weren't in those that were.
 NEVER_EQUAL = [
-    (re.compile(r"return tl\.load\(ptr \+ values, mask=values < -K"), "a value is at least 0, K at least 1"),
+    (re.compile(r"return tl\.load\(ptr \+ first, mask=first > K"), "K is at least 1, and first is 0"),
     (re.compile(r"tl\.load\(qweight_ptr, mask=K < 0"), "K is at least 1"),
     (re.compile(r"chosen = \(cols >= j\)"), "groups begin and end at a lane's first column, where they are compared"),
 ]
