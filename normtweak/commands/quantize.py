@@ -8,23 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..terminal import Device, Model, TerminalProgress, console
-from .options import (
-    Chat,
-    ExtraSamples,
-    Field,
-    Languages,
-    Length,
-    NoCache,
-    Samples,
-    Seed,
-    Source,
-    Split,
-    Subset,
-    Words,
-    calibration_settings,
-    read_settings,
-    table,
-)
+from . import options
 
 
 def quantize(
@@ -62,21 +46,21 @@ def quantize(
     lr_search: Annotated[
         bool, typer.Option("--lr-search", help="Find the learning rates of each block's tweak and of the polish on held-out calibration text.")
     ] = False,
-    calibration: Source = None,
-    languages: Languages = None,
-    words: Words = None,
-    field: Field = None,
-    subset: Subset = None,
-    split: Split = None,
-    chat: Chat = False,
-    no_cache: NoCache = False,
-    samples: Samples = None,
-    length: Length = None,
-    extra_samples: ExtraSamples = None,
+    calibration: options.Source = None,
+    languages: options.Languages = None,
+    words: options.Words = None,
+    field: options.Field = None,
+    subset: options.Subset = None,
+    split: options.Split = None,
+    chat: options.Chat = False,
+    no_cache: options.NoCache = False,
+    samples: options.Samples = None,
+    length: options.Length = None,
+    extra_samples: options.ExtraSamples = None,
     form: Annotated[
         str | None, typer.Option("--format", help="gptq, gptq_v2 or compressed-tensors.", show_default="gptq; gptq_v2 with --asymmetric")
     ] = None,
-    seed: Seed = None,
+    seed: options.Seed = None,
     device: Device = "auto",
     config: Annotated[Path | None, typer.Option(help="JSON file of QuantizeConfig settings; options given here win.", show_default=False)] = None,
 ) -> None:
@@ -84,7 +68,7 @@ def quantize(
     from .. import pipeline
     from ..config import ModuleOverride, QuantizeConfig, require
 
-    settings = read_settings("quantize", config)
+    settings = options.read_settings("quantize", config)
     given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None, "method": method}
     given |= {"rounding": rounding, "format": form, "seed": seed}
     settings |= {key: value for key, value in given.items() if value is not None}
@@ -94,8 +78,8 @@ def quantize(
         settings["skip"] = skip
     if lm_head:
         settings["lm_head"] = True
-    options = {"source": calibration, "languages": languages, "words": words, "field": field, "subset": subset, "split": split, "chat": chat}
-    settings |= calibration_settings(settings, options | {"samples": samples, "length": length}, no_cache=no_cache)
+    text = {"source": calibration, "languages": languages, "words": words, "field": field, "subset": subset, "split": split, "chat": chat}
+    settings |= options.calibration_settings(settings, text | {"samples": samples, "length": length}, no_cache=no_cache)
     require(lr is None or not lr_search, "quantize", "lr", "left out with --lr-search", lr)
     schedule: dict[str, Any] = {
         key: value for key, value in {"loss": loss, "iterations": iterations, "learning_rate": lr}.items() if value is not None
@@ -103,14 +87,14 @@ def quantize(
     if lr_search:
         schedule["learning_rate"] = None
         if preset == "default" and settings.get("polish", {}) is not None:
-            settings["polish"] = {**table(settings, "polish"), "learning_rate": None}
+            settings["polish"] = {**options.table(settings, "polish"), "learning_rate": None}
     if extra_samples is not None:
         polished = not (no_tweak or no_polish) and preset == "default"
         require(polished, "quantize", "extra_samples", "left out where nothing is polished", extra_samples)
-        settings["polish"] = {**table(settings, "polish"), "extra_samples": extra_samples}
+        settings["polish"] = {**options.table(settings, "polish"), "extra_samples": extra_samples}
     if schedule:
         require(not no_tweak, "quantize", ", ".join(schedule), "left out with --no-tweak", "given")
-        settings["tweak"] = {**table(settings, "tweak"), **schedule}
+        settings["tweak"] = {**options.table(settings, "tweak"), **schedule}
     if no_tweak:
         settings["tweak"] = None
     if no_tweak or no_polish:

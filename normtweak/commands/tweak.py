@@ -8,23 +8,7 @@ from typing import Annotated
 import typer
 
 from ..terminal import Device, TerminalProgress, console
-from .options import (
-    Chat,
-    ExtraSamples,
-    Field,
-    Languages,
-    Length,
-    NoCache,
-    Samples,
-    Seed,
-    Source,
-    Split,
-    Subset,
-    Words,
-    calibration_settings,
-    read_settings,
-    table,
-)
+from . import options
 
 
 def tweak(
@@ -35,18 +19,18 @@ def tweak(
     out: Annotated[Path, typer.Option(help="New folder for the better checkpoint.", show_default=False)],
     no_polish: Annotated[bool, typer.Option("--no-polish", help="Tweak block by block alone.")] = False,
     polish_only: Annotated[bool, typer.Option("--polish-only", help="Polish all norms together, without the tweak block by block.")] = False,
-    calibration: Source = None,
-    languages: Languages = None,
-    words: Words = None,
-    field: Field = None,
-    subset: Subset = None,
-    split: Split = None,
-    chat: Chat = False,
-    no_cache: NoCache = False,
-    samples: Samples = None,
-    length: Length = None,
-    extra_samples: ExtraSamples = None,
-    seed: Seed = None,
+    calibration: options.Source = None,
+    languages: options.Languages = None,
+    words: options.Words = None,
+    field: options.Field = None,
+    subset: options.Subset = None,
+    split: options.Split = None,
+    chat: options.Chat = False,
+    no_cache: options.NoCache = False,
+    samples: options.Samples = None,
+    length: options.Length = None,
+    extra_samples: options.ExtraSamples = None,
+    seed: options.Seed = None,
     device: Device = "auto",
     config: Annotated[Path | None, typer.Option(help="JSON file of RetweakConfig settings; options given here win.", show_default=False)] = None,
 ) -> None:
@@ -54,12 +38,12 @@ def tweak(
     from .. import retweak
     from ..config import require
 
-    settings = read_settings("tweak", config) | ({} if seed is None else {"seed": seed})
-    options = {"source": calibration, "languages": languages, "words": words, "field": field, "subset": subset, "split": split, "chat": chat}
-    settings |= calibration_settings(settings, options | {"samples": samples, "length": length}, no_cache=no_cache)
+    settings = options.read_settings("tweak", config) | ({} if seed is None else {"seed": seed})
+    text = {"source": calibration, "languages": languages, "words": words, "field": field, "subset": subset, "split": split, "chat": chat}
+    settings |= options.calibration_settings(settings, text | {"samples": samples, "length": length}, no_cache=no_cache)
     if extra_samples is not None:
         require(not no_polish, "tweak", "extra_samples", "left out with --no-polish", extra_samples)
-        settings["polish"] = {**table(settings, "polish"), "extra_samples": extra_samples}
+        settings["polish"] = {**options.table(settings, "polish"), "extra_samples": extra_samples}
     settings |= ({"polish": None} if no_polish else {}) | ({"tweak": None} if polish_only else {})
     chosen = retweak.preset_for(quantized, **settings)
     report = retweak.tweak(quantized, float_model=float_model, out=out, config=chosen, progress=TerminalProgress(), device=device)
