@@ -65,7 +65,13 @@ class CalibrationConfig:
             require(bool(known and file), where, "words", "LANGUAGE=FILE for one of the languages", entry)
         dataset = self.source.startswith("hf:")
         # read as plain text, its braces and keys would be what the model is calibrated on
-        require(not self.source.lower().endswith(".json"), where, "source", "a .jsonl file, one object a line, where it holds JSON", self.source)
+        require(
+            dataset or not self.source.lower().endswith(".json"),
+            where,
+            "source",
+            "a .jsonl file, one object a line, where it holds JSON",
+            self.source,
+        )
         for argument in ("field", "chat"):
             value = getattr(self, argument)
             require(not value or self.documents, where, argument, "left out unless the source is a .jsonl file or hf:NAME", value)

@@ -118,3 +118,8 @@ def test_whole_numbers_pass_as_floats():
     assert TweakConfig(depth_scale=1.0) == QuantizeConfig.from_dict({"tweak": {"depth_scale": 1}}).tweak
     assert QuantizeConfig.from_dict({"tweak": None}).tweak is None
     assert CalibrationConfig().source == "generated"
+
+
+@pytest.mark.parametrize(("source", "documents"), [("hf:rows.json", True), ("LINES.JSONL", True), ("lines.txt", False)])
+def test_what_holds_documents(source, documents):
+    assert CalibrationConfig(source=source).documents is documents
